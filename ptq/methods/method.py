@@ -1,0 +1,35 @@
+"""What a method is: hyperparameters, and up to three hooks that the pipeline calls.
+
+Every hook is optional but one at least must exist. Only `quantize_layer` is needed by layer-wise methods.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from ptq.grids.grid import Grid
+from ptq.problem import LayerProblem
+
+
+class GridSpec(Protocol):
+    """How to fit a grid (conf/grid): hyperparameters with `check` and `fit`."""
+
+    def check(self, bits: float, group_size: int | None) -> None:
+        """Raise InputError when `bits` or `group_size` cannot be had on this grid."""
+
+    def fit(self, W: Tensor, bits: float, group_size: int | None = None, H: Tensor | None = None) -> Grid:
+        """Grid for W [groups, out, in]."""
+
+
+@runtime_checkable
+class LayerMethod(Protocol):
+    """A method with the layer hook."""
+
+    needs_gram: ClassVar[bool]  # False: the method works without calibration data
+
+    def quantize_layer(
+        self, problem: LayerProblem, grid: GridSpec, bits: float, group_size: int | None
+    ) -> tuple[Tensor, Grid]:
+        """Codes [groups, out, in] and the fitted grid they are on."""

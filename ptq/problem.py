@@ -1,0 +1,64 @@
+"""The layer problem: choose Ŵ on a grid so that the layer's output moves least on the calibration inputs.
+
+minimise  tr((T − Ŵ) H (T − Ŵ)ᵀ),   H = X Xᵀ / tokens, X the inputs that the quantized layer will see.
+
+T is W itself, or, when the wanted output is W X_float (the float layer on float inputs), the weight that reproduces
+it best from X:  T = W (C + d I)(H + d I)⁻¹ with C = X_float Xᵀ / tokens. Completing the square shows that the two
+objectives differ by a constant, so every solver serves both. The ridge d keeps T near W where H is nearly singular.
+
+Shapes: W, T, Ŵ [groups, out, in]; H, C [groups, in, in]. `groups` counts a convolution's groups and is 1 elsewhere.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ptq.errors import InputError
+
+
+class LayerProblem:
+    """One layer's weight and input statistics.
+
+    W may be [out, in] (H [in, in]) or [groups, out, in] (H [groups, in, in]); it is kept with the leading dimension.
+    Sweeps run in W's dtype; factorisations run in float64. Raises InputError on NaN, infinity or shapes that disagree.
+    """
+
+    def __init__(self, name: str, W: Tensor, H: Tensor, C: Tensor | None = None, damping: float = 0.01) -> None:
+        if W.dim() == 2:
+            W, H, C = W[None], H[None], None if C is None else C[None]
+        if W.dim() != 3 or W.numel() == 0:
+            raise InputError(f"layer {name!r}: W must be [out, in] or [groups, out, in], not empty; got {list(W.shape)}")
+        expected = (W.shape[0], W.shape[2], W.shape[2])
+        for label, matrix in (("H", H), ("C", C)):
+            if matrix is not None and tuple(matrix.shape) != expected:
+                raise InputError(f"layer {name!r}: {label} must be {list(expected)} for W {list(W.shape)}; got {list(matrix.shape)}")
+        for label, matrix in (("weights", W), ("input statistics", H), ("cross statistics", C)):
+            if matrix is not None and not torch.isfinite(matrix).all():
+                raise InputError(f"layer {name!r}: NaN or infinity in its {label}; check the checkpoint and the calibration data")
+        self.name = name
+        self.W = W
+        self.H = H
+        self.T = W if C is None else float_path_target(W, H, C, damping)
+
+    def error(self, W_hat: Tensor) -> Tensor:
+        """Squared output error per row, [groups, out], in the units of the layer's output per token."""
+        R = (self.T - W_hat).double()
+        return ((R @ self.H.double()) * R).sum(-1).clamp_min(0)
+
+    def relative_error(self, W_hat: Tensor) -> float:
+        """‖(T − Ŵ) X‖ / ‖T X‖, Frobenius; 0 when the layer's output is zero anyway."""
+        energy = float(self.error(torch.zeros_like(W_hat)).sum())
+        return (float(self.error(W_hat).sum()) / energy) ** 0.5 if energy > 0 else 0.0
+
+
+def float_path_target(W: Tensor, H: Tensor, C: Tensor, damping: float) -> Tensor:
+    """T [groups, out, in] = W (C + d I)(H + d I)⁻¹, d = damping · mean diag H; W itself where an input is dead."""
+    H, C = H.double(), C.double()
+    diagonal = H.diagonal(dim1=-2, dim2=-1)
+    d = damping * diagonal.mean(-1, keepdim=True)  # [groups, 1]
+    d = torch.where(d > 0, d, torch.ones_like(d))
+    eye = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device) * d[..., None]
+    factor = torch.linalg.cholesky(H + eye)
+    right_hand_side = (W.double() @ (C + eye)).mT  # [groups, in, out]
+    return torch.cholesky_solve(right_hand_side, factor).mT.to(W.dtype).contiguous()
