@@ -97,6 +97,11 @@ class Affine:
             best_error = torch.where(better, error, best_error)
         return best
 
+    def size(self, W: Tensor, bits: float, group_size: int | None = None) -> dict[str, int]:
+        """Bits that W will take on this grid, {"codes", "parameters"}, without solving anything."""
+        fitted = replace(self, range=Range.min_max).fit(W, bits, group_size)
+        return fitted.storage_bits(W)
+
     def _range(self, W: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
         if self.granularity is Granularity.tensor:
             units = [W.reshape(1, 1, -1)]

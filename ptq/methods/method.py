@@ -22,6 +22,9 @@ class GridSpec(Protocol):
     def fit(self, W: Tensor, bits: float, group_size: int | None = None, H: Tensor | None = None) -> Grid:
         """Grid for W [groups, out, in]."""
 
+    def size(self, W: Tensor, bits: float, group_size: int | None = None) -> dict[str, int]:
+        """Bits that W will take, {"codes", "parameters"}, without solving anything."""
+
 
 @runtime_checkable
 class LayerMethod(Protocol):

@@ -48,6 +48,7 @@ class ModelAdapter:
     task: str  # "classification" | "language_modeling" | "any" (no evaluation)
     forward: Callable[[nn.Module, Any], Tensor]
     skip: dict[str, str] = field(default_factory=dict)  # layer name → reason it stays float unless bits say otherwise
+    head: str | None = None  # the layer that gives the output, when it is known by name
     preprocessing: Preprocessing | None = None  # images only
     class_names: list[str] | None = None  # images only: synset or class name per index, when known
     num_classes: int | None = None

@@ -1,0 +1,129 @@
+"""Calibration: which inputs, seen through which network, and their Gram matrices.
+
+H = X Xᵀ / tokens and C = X_float Xᵀ / tokens are accumulated batch by batch: float32 products of at most CHUNK tokens, added
+up in float64. No layer input outlives its batch, and memory per layer is O(in²).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor, nn
+
+from ptq.errors import InputError
+from ptq.layers import input_matrix
+
+CHUNK = 4096  # tokens per float32 product: its rounding error stays near 1e-7 of the result
+UNFOLD_ELEMENTS = 2**25  # unfolded convolution inputs held at once
+
+
+class Inputs(Enum):
+    """Which inputs a layer sees during calibration."""
+
+    float = "float"  # those of the float model
+    quantized = "quantized"  # those that the already quantized part of the model delivers
+
+
+class Target(Enum):
+    """What the quantized layer shall reproduce."""
+
+    layer = "layer"  # the float layer on the inputs the quantized layer sees
+    float_path = "float_path"  # the float layer on the float model's inputs (needs inputs=quantized)
+
+
+@dataclass(kw_only=True)
+class Calibration:
+    """A calibration set and how its statistics are taken. `num_samples` counts images or text segments."""
+
+    source: str | None  # a choice of conf/data to draw from; null = the job's own data
+    num_samples: int
+    sequence_length: int | None  # tokens per text segment; null = the model's context; ignored for images
+    batch_size: int
+    inputs: Inputs
+    target: Target
+    sequential: bool  # inside a block, later layers see the earlier ones already quantized (inputs=quantized)
+    positions_per_image: int | None  # random positions of each image kept for a convolution's Gram; null = all
+    target_damping: float  # ridge of the float-path target, as a fraction of H's mean diagonal
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1:
+            raise InputError(f"calibration.num_samples must be at least 1; got {self.num_samples}")
+        if self.batch_size < 1:
+            raise InputError(f"calibration.batch_size must be at least 1; got {self.batch_size}")
+        if self.positions_per_image is not None and self.positions_per_image < 1:
+            raise InputError(
+                f"calibration.positions_per_image must be at least 1, or null for all; got {self.positions_per_image}"
+            )
+        if self.target is Target.float_path and self.inputs is Inputs.float:
+            raise InputError("calibration.target=float_path needs calibration.inputs=quantized: on float inputs both targets are one")
+
+
+class GramAccumulator:
+    """Gram matrix, and cross matrix where float inputs are given too, of one layer's inputs."""
+
+    def __init__(self, layer: nn.Module, positions_per_image: int | None = None, seed: int = 0) -> None:
+        self.layer = layer
+        self.positions_per_image = positions_per_image
+        self.generator = torch.Generator().manual_seed(seed)
+        self.tokens = 0
+        self._sum: Tensor | None = None  # [groups, in, in] float64
+        self._cross: Tensor | None = None
+
+    def add(self, x: Tensor, x_float: Tensor | None = None) -> None:
+        """Add the inputs of one batch as the layer received them, with the float model's inputs for the cross matrix."""
+        x = x.detach()
+        step = x.shape[0]
+        if isinstance(self.layer, nn.Conv2d) and x.dim() == 4:
+            positions = x.shape[2] * x.shape[3] / (self.layer.stride[0] * self.layer.stride[1])
+            per_image = positions * x.shape[1] * self.layer.kernel_size[0] * self.layer.kernel_size[1]
+            step = max(1, int(UNFOLD_ELEMENTS / per_image))
+        for start in range(0, x.shape[0], step):
+            part = slice(start, start + step) if x.dim() > 1 else slice(None)
+            X = input_matrix(self.layer, x[part].float())
+            X_float = None if x_float is None else input_matrix(self.layer, x_float[part].detach().float())
+            self._add_tokens(*self._kept(X, X_float, x[part].shape[0]))
+
+    def _kept(self, X: Tensor, X_float: Tensor | None, images: int) -> tuple[Tensor, Tensor | None]:
+        """The tokens of the kept positions: the same positions for all images of a part and for both networks."""
+        if self.positions_per_image is None or not isinstance(self.layer, nn.Conv2d):
+            return X, X_float
+        positions = X.shape[1] // images
+        if positions <= self.positions_per_image:
+            return X, X_float
+        chosen = torch.randperm(positions, generator=self.generator)[: self.positions_per_image].to(X.device)
+
+        def keep(Y: Tensor) -> Tensor:
+            return Y.reshape(Y.shape[0], images, positions, -1)[:, :, chosen].reshape(Y.shape[0], -1, Y.shape[-1])
+
+        return keep(X), None if X_float is None else keep(X_float)
+
+    def _add_tokens(self, X: Tensor, X_float: Tensor | None) -> None:
+        groups, tokens, in_features = X.shape
+        if self._sum is None:
+            self._sum = torch.zeros(groups, in_features, in_features, dtype=torch.float64, device=X.device)
+        if X_float is not None and self._cross is None:
+            self._cross = torch.zeros_like(self._sum)
+        for start in range(0, tokens, CHUNK):
+            piece = X[:, start : start + CHUNK]
+            self._sum += piece.mT @ piece
+            if X_float is not None:
+                assert self._cross is not None
+                self._cross += X_float[:, start : start + CHUNK].mT @ piece
+        self.tokens += tokens
+
+    def gram(self) -> Tensor:
+        """H = X Xᵀ / tokens, [groups, in, in] float64. Raises InputError when no input was added."""
+        if self._sum is None:
+            raise InputError("no calibration input reached the layer; check the calibration data")
+        return self._sum / self.tokens
+
+    def cross(self) -> Tensor | None:
+        """C = X_float Xᵀ / tokens, [groups, in, in] float64, or None."""
+        return None if self._cross is None else self._cross / self.tokens
+
+
+@dataclass(kw_only=True)
+class NoCalibration:
+    """No data at all: H is the identity. Only methods that do not read H accept it."""

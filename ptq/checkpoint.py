@@ -1,0 +1,81 @@
+"""The saved quantized model: a folder with two safetensors files and one JSON file, and back to identical outputs.
+
+`quantized.safetensors` holds packed codes and grid parameters, so its size is bits_per_coefficient × weights / 8 (and a
+header); `float.safetensors` holds all other tensors; `model.json` says what each layer is and how to build the model.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ptq.config import build
+from ptq.errors import InputError
+from ptq.layers import QuantizedLayer, replace_module
+from ptq.models.adapter import load_state_strictly
+
+FORMAT = 1
+
+
+def save(module: nn.Module, directory: Path | str, model_config: dict[str, Any] | None = None) -> Path:
+    """Write a quantized model to `directory`; `model_config` (a conf/model node) lets `load` rebuild the float model."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    layers = {n: m for n, m in module.named_modules() if isinstance(m, QuantizedLayer)}
+    packed = {f"{n}.{k}": t.cpu().contiguous() for n, layer in layers.items() for k, t in layer.packed.items()}
+    rest = {k: t.cpu().clone().contiguous() for k, t in module.state_dict().items() if k not in packed}
+    facts = {n: layer.facts for n, layer in layers.items()}
+    content = {"format": FORMAT, "model": model_config, "layers": facts}
+    for name, tensors in (("quantized.safetensors", packed), ("float.safetensors", rest)):
+        save_file(tensors, directory / f"{name}.part")
+        (directory / f"{name}.part").replace(directory / name)
+    part = directory / "model.json.part"
+    part.write_text(json.dumps(content, indent=1))
+    part.replace(directory / "model.json")
+    return directory
+
+
+def load(directory: Path | str, module: nn.Module | None = None) -> nn.Module:
+    """The model that `save` wrote, in eval mode. `module` is a float model of that architecture; its weights are replaced.
+
+    Without `module` the saved model config builds it. Raises InputError naming tensors that are missing or left over.
+    """
+    directory = Path(directory)
+    for name in ("model.json", "quantized.safetensors", "float.safetensors"):
+        if not (directory / name).is_file():
+            raise InputError(f"{directory} is not a saved quantized model: {name} is missing")
+    content = json.loads((directory / "model.json").read_text())
+    if content.get("format") != FORMAT:
+        raise InputError(f"{directory}/model.json has format {content.get('format')!r}; this version reads {FORMAT}")
+    if module is None:
+        if content["model"] is None:
+            raise InputError(f"{directory} does not say how to build its model; pass the float model as `module`")
+        module = build(content["model"], "model").load().module
+    packed = load_file(directory / "quantized.safetensors")
+    rest = load_file(directory / "float.safetensors")
+    known = dict(module.named_modules())
+    strangers = sorted(content["layers"].keys() - known.keys())
+    if strangers:
+        raise InputError(f"{directory} has layers that the model lacks: {', '.join(strangers)}")
+    for name, facts in content["layers"].items():
+        tensors = {k.removeprefix(f"{name}."): t for k, t in packed.items() if k.rpartition(".")[0] == name}
+        bias = rest.get(f"{name}.bias")
+        replace_module(module, name, QuantizedLayer(tensors, facts, bias))
+    load_state_strictly(module, {**packed, **rest}, directory)
+    return module.eval()
+
+
+def quantized_bytes(directory: Path | str) -> int:
+    """Bytes of packed tensors in the saved file, its header left out."""
+    total = 0
+    with safe_open(Path(directory) / "quantized.safetensors", framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118  # safe_open is no mapping
+            tensor = file.get_tensor(name)
+            total += tensor.numel() * torch.empty((), dtype=tensor.dtype).element_size()
+    return total

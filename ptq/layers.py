@@ -1,0 +1,153 @@
+"""The modules that replace Linear, Conv2d and Conv1D: packed codes and grid parameters, dequantized on the fly.
+
+A layer's weight is seen by ptq as W [groups, out, in]: `groups` are a convolution's groups (1 elsewhere), `in` counts the
+inputs of one output, so for a convolution in_channels / groups · kernel height · kernel width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hydra.utils import get_class
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ptq.grids.grid import Grid
+from ptq.models.adapter import QUANTIZABLE
+
+
+def weight_matrix(layer: nn.Module) -> Tensor:
+    """W [groups, out, in] of a Linear, Conv2d or Conv1D, without gradient."""
+    weight = layer.weight.detach()
+    assert isinstance(weight, Tensor)
+    if isinstance(layer, nn.Linear):
+        return weight[None]
+    if isinstance(layer, nn.Conv2d):
+        return weight.reshape(layer.groups, layer.out_channels // layer.groups, -1)
+    return weight.t()[None]  # Conv1D keeps [in, out]
+
+
+def input_matrix(layer: nn.Module, x: Tensor) -> Tensor:
+    """The inputs that W [groups, out, in] multiplies: [groups, tokens, in]; for a convolution, one token a position.
+
+    Conv2d: stride, padding (all modes), dilation and groups as the layer has them.
+    """
+    if not isinstance(layer, nn.Conv2d):
+        return x.reshape(1, -1, x.shape[-1])
+    if x.dim() == 3:
+        x = x[None]
+    x = pad_input(x, layer.padding_mode, _padding(layer))
+    patches = F.unfold(x, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)  # [images, in · groups, positions]
+    images, _, positions = patches.shape
+    patches = patches.reshape(images, layer.groups, -1, positions)
+    return patches.permute(1, 0, 3, 2).reshape(layer.groups, images * positions, -1)
+
+
+def _padding(layer: nn.Conv2d) -> list[int]:
+    """Padding in F.pad's order: left, right, top, bottom."""
+    if layer.padding == "valid":
+        return [0, 0, 0, 0]
+    if layer.padding == "same":
+        total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        return [total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2]
+    vertical, horizontal = layer.padding
+    return [int(horizontal), int(horizontal), int(vertical), int(vertical)]
+
+
+def pad_input(x: Tensor, mode: str, padding: list[int]) -> Tensor:
+    """x padded as a convolution with that padding mode pads it."""
+    return F.pad(x, padding, mode="constant" if mode == "zeros" else mode) if any(padding) else x
+
+
+class QuantizedLayer(nn.Module):
+    """A layer whose weight is kept as packed codes and grid parameters; `weight` dequantizes them."""
+
+    def __init__(self, tensors: dict[str, Tensor], facts: dict[str, Any], bias: Tensor | None) -> None:
+        super().__init__()
+        self.facts = facts  # JSON: the grid's facts and the layer's geometry
+        self.packed_names = sorted(tensors)
+        for name in self.packed_names:
+            self.register_buffer(name, tensors[name])
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        geometry = facts["geometry"]
+        if geometry["kind"] == "conv2d":
+            self.in_channels, self.out_channels = geometry["in_channels"], geometry["out_channels"]
+            self.kernel_size, self.stride = tuple(geometry["kernel_size"]), tuple(geometry["stride"])
+        else:
+            self.in_features, self.out_features = geometry["in_features"], geometry["out_features"]
+
+    @property
+    def packed(self) -> dict[str, Tensor]:
+        """The tensors a file keeps for this layer, the bias left out."""
+        return {name: self.get_buffer(name) for name in self.packed_names}
+
+    def grid_and_codes(self) -> tuple[Grid, Tensor]:
+        """The fitted grid and the codes [groups, out, in]."""
+        return get_class(self.facts["grid"]).from_storage(self.packed, self.facts)  # type: ignore[attr-defined]  # a grid class
+
+    @property
+    def weight(self) -> Tensor:
+        """Ŵ in the shape of the float layer's weight, float32."""
+        grid, codes = self.grid_and_codes()
+        values, geometry = grid.values(codes), self.facts["geometry"]
+        if geometry["kind"] == "conv2d":
+            return values.reshape(self.out_channels, -1, *self.kernel_size)
+        return values[0] if geometry["kind"] == "linear" else values[0].t()
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, geometry = self.weight.to(x.dtype), self.facts["geometry"]
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        if geometry["kind"] == "linear":
+            return F.linear(x, weight, bias)
+        if geometry["kind"] == "conv1d":
+            return F.linear(x, weight.t(), bias)
+        x = pad_input(x, geometry["padding_mode"], geometry["padding"])
+        return F.conv2d(x, weight, bias, self.stride, 0, geometry["dilation"], geometry["groups"])
+
+    def extra_repr(self) -> str:
+        return f"{self.facts['geometry']}, {self.facts['grid'].rpartition('.')[2]}, bits={self.facts['bits']}"
+
+
+def quantized_layer(layer: nn.Module, grid: Grid, codes: Tensor) -> QuantizedLayer:
+    """The replacement of a float layer for codes [groups, out, in] on a grid."""
+    tensors, facts = grid.storage(codes)
+    facts["geometry"] = geometry(layer)
+    bias = layer.bias
+    assert bias is None or isinstance(bias, Tensor)
+    return QuantizedLayer(tensors, facts, bias)
+
+
+def geometry(layer: nn.Module) -> dict[str, Any]:
+    """What a layer is besides its weight and bias, as JSON."""
+    if isinstance(layer, nn.Conv2d):
+        return {
+            "kind": "conv2d",
+            "in_channels": layer.in_channels,
+            "out_channels": layer.out_channels,
+            "kernel_size": list(layer.kernel_size),
+            "stride": list(layer.stride),
+            "dilation": list(layer.dilation),
+            "groups": layer.groups,
+            "padding": _padding(layer),
+            "padding_mode": layer.padding_mode,
+        }
+    if not isinstance(layer, QUANTIZABLE):
+        raise TypeError(f"{type(layer).__name__} is not a layer that can be quantized")
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    if isinstance(layer, nn.Linear):
+        return {"kind": "linear", "in_features": weight.shape[1], "out_features": weight.shape[0]}
+    return {"kind": "conv1d", "in_features": weight.shape[0], "out_features": weight.shape[1]}
+
+
+def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` where `name` (dotted) points in `root`."""
+    parent, _, child = name.rpartition(".")
+    setattr(root.get_submodule(parent), child, module)
+
+
+def empty_quantized_layer(facts: dict[str, Any], tensors: dict[str, Tensor], bias: bool) -> QuantizedLayer:
+    """A layer to load saved tensors into: buffers and bias of the right shapes."""
+    shape = facts["geometry"].get("out_channels", facts["geometry"].get("out_features"))
+    return QuantizedLayer(tensors, facts, torch.zeros(shape) if bias else None)
