@@ -58,7 +58,8 @@ class Evaluation:
         if self.batch_size < 1:
             raise InputError(f"eval.batch_size must be at least 1; got {self.batch_size}")
         images = data.dataset("test", adapter.preprocessing, num_samples=self.num_samples)
-        loader = DataLoader(images, batch_size=self.batch_size, num_workers=0)
+        # a loader without a generator of its own draws a seed from the global one
+        loader = DataLoader(images, batch_size=self.batch_size, num_workers=0, generator=torch.Generator())
         top1 = top5 = samples = 0
         with tqdm(desc="accuracy", total=len(images), unit="img", delay=1, disable=not progress) as bar:
             for batch, labels in loader:
