@@ -1,4 +1,4 @@
-"""Where data and downloaded weights are: relative paths of the YAML files lie under the folder that PTQ_DATA names."""
+"""Where data and downloaded weights are: relative paths lie under the folder that PTQ_DATA names."""
 
 from __future__ import annotations
 
