@@ -1,6 +1,6 @@
 """Train the embedded models and write their weights into the package.
 
-python -m experiments.train_embedded digits_resnet digits_vit topics_llama
+Run `python -m experiments.train_embedded digits_resnet digits_vit topics_llama`.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def train_digits_resnet() -> float:
 
 def train_digits_vit() -> float:
     """Train and write the embedded vision transformer; its test top-1 in percent."""
-    return train("digits_vit", epochs=200, learning_rate=1e-3, weight_decay=0.05, seed=0)
+    return train("digits_vit", epochs=50, learning_rate=5e-3, weight_decay=0.01, seed=2)
 
 
 def train_topics_llama() -> object:
