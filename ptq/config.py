@@ -58,16 +58,33 @@ def choices(group: str) -> list[str]:
 
 def load_choice(group: str, name: str, **overrides: Any) -> DictConfig:
     """The YAML of one choice of a group (its defaults list applied within the group), with overrides merged in."""
+    node, defaults = _read(group, name)
+    merged = OmegaConf.create({})
+    for entry in defaults:
+        if isinstance(entry, str) and entry != "_self_":
+            merged = OmegaConf.merge(merged, load_choice(group, entry))
+    merged = OmegaConf.merge(merged, node)
+    for key, value in overrides.items():  # replaced, not merged: a list or mapping given here is the whole of it
+        OmegaConf.update(merged, key, value, merge=False)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def method_grid(method: str) -> str:
+    """The grid that a method's YAML names (`override /grid@_global_.grid: NAME`), else `affine`."""
+    for entry in _read("method", method)[1]:
+        if isinstance(entry, DictConfig):
+            for key, value in entry.items():
+                if str(key).startswith("override /grid"):
+                    return str(value)
+    return "affine"
+
+
+def _read(group: str, name: str) -> tuple[DictConfig, list[Any]]:
+    """A choice's own keys and its defaults list."""
     known = choices(group)
     if name not in known:
         raise InputError(f"unknown {group} {name!r}; known: {', '.join(known)}{suggestion(name, known)}")
     node = OmegaConf.load(CONF_DIR / group / f"{name}.yaml")
     assert isinstance(node, DictConfig)
-    defaults = node.pop("defaults", [])
-    merged = OmegaConf.create({})
-    for entry in defaults:
-        if isinstance(entry, str) and entry != "_self_":
-            merged = OmegaConf.merge(merged, load_choice(group, entry))
-    merged = OmegaConf.merge(merged, node, overrides)
-    assert isinstance(merged, DictConfig)
-    return merged
+    return node, list(node.pop("defaults", []))

@@ -25,7 +25,7 @@ class LayerProblem:
     """
 
     def __init__(self, name: str, W: Tensor, H: Tensor, C: Tensor | None = None, damping: float = 0.01) -> None:
-        if W.dim() == 2:
+        if W.dim() == 2 and H.dim() == 2:
             W, H, C = W[None], H[None], None if C is None else C[None]
         if W.dim() != 3 or W.numel() == 0:
             raise InputError(f"layer {name!r}: W must be [out, in] or [groups, out, in], not empty; got {list(W.shape)}")
@@ -56,8 +56,8 @@ def float_path_target(W: Tensor, H: Tensor, C: Tensor, damping: float) -> Tensor
     """T [groups, out, in] = W (C + d I)(H + d I)⁻¹, d = damping · mean diag H; W itself where an input is dead."""
     H, C = H.double(), C.double()
     diagonal = H.diagonal(dim1=-2, dim2=-1)
-    d = damping * diagonal.mean(-1, keepdim=True)  # [groups, 1]
-    d = torch.where(d > 0, d, torch.ones_like(d))
+    mean = diagonal.mean(-1, keepdim=True)  # [groups, 1]
+    d = torch.where(mean > 0, damping * mean, torch.ones_like(mean))
     eye = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device) * d[..., None]
     factor = torch.linalg.cholesky(H + eye)
     right_hand_side = (W.double() @ (C + eye)).mT  # [groups, in, out]

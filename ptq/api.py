@@ -1,0 +1,144 @@
+"""ptq from a notebook: the parts of conf/ by name, or as objects."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptq import pipeline
+from ptq.allocation import Bits
+from ptq.calibration import Calibration, NoCalibration
+from ptq.config import build, load_choice, method_grid
+from ptq.errors import InputError
+from ptq.grids.grid import Grid
+from ptq.methods.method import GridSpec, LayerMethod
+from ptq.models.adapter import ModelAdapter
+from ptq.pipeline import Report
+from ptq.problem import LayerProblem
+from ptq.seeding import isolated_seed
+
+
+@dataclass(kw_only=True)
+class QuantizedWeight:
+    """Codes and grid of one weight matrix. `codes` and `values()` have the shape of the given W."""
+
+    codes: Tensor  # int16
+    grid: Grid
+    relative_error: float  # ‖(W − Ŵ) X‖ / ‖W X‖
+    bits_per_coefficient: float
+
+    def values(self) -> Tensor:
+        """Ŵ."""
+        codes = self.codes if self.codes.dim() == 3 else self.codes[None]
+        return self.grid.values(codes).reshape(self.codes.shape)
+
+
+def quantize_layer(
+    W: Tensor,
+    H: Tensor,
+    method: str | LayerMethod = "comq",
+    grid: str | GridSpec | None = None,
+    bits: float = 4,
+    group_size: int | None = None,
+    C: Tensor | None = None,
+    **overrides: Any,
+) -> QuantizedWeight:
+    """Quantize W [out, in] (or [groups, out, in]) given H = X Xᵀ / tokens [in, in] ([groups, in, in]).
+
+    `method` and `grid` are names of conf/ or objects; `grid` None is the method's own. `overrides` are hyperparameters of a
+    method given by name. C = X_float Xᵀ / tokens asks for the output of the float layer on float inputs.
+    Raises InputError on shapes that disagree, NaN, or bits that the grid does not have.
+
+    >>> import torch
+    >>> X = torch.randn(64, 1000, generator=torch.Generator().manual_seed(0))
+    >>> W = torch.randn(32, 64, generator=torch.Generator().manual_seed(1))
+    >>> quantize_layer(W, X @ X.T / 1000, method="rtn", bits=8).relative_error < 0.01
+    True
+    """
+    solver, spec = _method_and_grid(method, grid, overrides)
+    spec.check(bits, group_size)
+    problem = LayerProblem("W", W.detach(), H, C)
+    codes, fitted = solver.quantize_layer(problem, spec, bits, group_size)
+    return QuantizedWeight(
+        codes=codes.reshape(W.shape),
+        grid=fitted,
+        relative_error=problem.relative_error(fitted.values(codes)),
+        bits_per_coefficient=sum(fitted.storage_bits(codes).values()) / W.numel(),
+    )
+
+
+def quantize_model(
+    model: nn.Module,
+    calibration: Iterable[Any],
+    method: str | LayerMethod = "comq",
+    grid: str | GridSpec | None = None,
+    bits: float | str | Bits = 4,
+    *,
+    group_size: int | None = None,
+    skip: Iterable[str] = (),
+    settings: str | Calibration | NoCalibration = "default",
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+    **overrides: Any,
+) -> tuple[nn.Module, Report]:
+    """A quantized copy of `model` (in eval mode) and what was done to each layer.
+
+    `calibration` yields model inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments. `bits` is a
+    width, a name of conf/bits such as "w3g128", or a Bits object; `skip` names layers that stay float (wildcards allowed);
+    `settings` a name of conf/calibration or an object: which inputs layers see and what they reproduce (its sample counts
+    are not read here). `overrides` are hyperparameters of a method given by name.
+    """
+    solver, spec = _method_and_grid(method, grid, overrides)
+    batches = list(calibration)
+    adapter = ModelAdapter(name=type(model).__name__, module=copy.deepcopy(model).eval(), task="any", forward=_call)
+    where = device if device is not None else next((p.device for p in model.parameters()), torch.device("cpu"))
+    with isolated_seed(seed):
+        report = pipeline.quantize(
+            adapter,
+            batches,
+            method=solver,
+            grid=spec,
+            bits=_bits(bits, group_size, list(skip)),
+            calibration=build(load_choice("calibration", settings), "calibration") if isinstance(settings, str) else settings,
+            device=where,
+            seed=seed,
+            progress=progress,
+        )
+    return adapter.module, report
+
+
+def _method_and_grid(
+    method: str | LayerMethod, grid: str | GridSpec | None, overrides: dict[str, Any]
+) -> tuple[LayerMethod, GridSpec]:
+    if not isinstance(method, str) and overrides:
+        raise InputError(f"hyperparameters {', '.join(overrides)} go with a method's name; set them on the object instead")
+    if grid is None:
+        grid = method_grid(method) if isinstance(method, str) else "affine"
+    solver = build(load_choice("method", method, **overrides), "method") if isinstance(method, str) else method
+    spec = build(load_choice("grid", grid), "grid") if isinstance(grid, str) else grid
+    return solver, spec
+
+
+def _bits(bits: float | str | Bits, group_size: int | None, skip: list[str]) -> Bits:
+    if isinstance(bits, Bits):
+        if group_size is not None or skip:
+            raise InputError("a Bits object holds group_size and skip itself; set them there")
+        return bits
+    if isinstance(bits, str):
+        changes: dict[str, Any] = {"group_size": group_size} if group_size is not None else {}
+        named = build(load_choice("bits", bits, skip=skip, **changes), "bits")
+        assert isinstance(named, Bits)
+        return named
+    return Bits(weight=float(bits), group_size=group_size, first_last=None, layers={}, skip=skip)
+
+
+def _call(module: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, dict):
+        return module(**batch)
+    return module(*batch) if isinstance(batch, (tuple, list)) else module(batch)

@@ -1,0 +1,42 @@
+"""The calibration draw: a fixed number of samples of a source, batched, the same for every layer and every method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ptq.calibration import Calibration, NoCalibration
+from ptq.data.text import draw_segments
+from ptq.errors import InputError
+from ptq.models.adapter import ModelAdapter
+
+TRACE_SAMPLES = 2  # without calibration one small batch still shows the order of the layers
+
+
+def calibration_batches(
+    source: Any, adapter: ModelAdapter, calibration: Calibration | NoCalibration, seed: int
+) -> list[Tensor]:
+    """Model inputs: [batch, channels, height, width] images or [batch, tokens] ids, `num_samples` in all.
+
+    Raises InputError when the source holds fewer samples, or when its kind is not the model's.
+    """
+    if source.task != adapter.task:
+        raise InputError(f"model {adapter.name!r} does {adapter.task}, but the data is for {source.task}; choose other data")
+    number = calibration.num_samples if isinstance(calibration, Calibration) else TRACE_SAMPLES
+    batch_size = calibration.batch_size if isinstance(calibration, Calibration) else TRACE_SAMPLES
+    if adapter.task == "classification":
+        dataset = source.dataset("calibration", adapter.preprocessing, seed=seed, num_samples=number)
+        return [images for images, _ in DataLoader(dataset, batch_size=batch_size, generator=torch.Generator())]
+    length = calibration.sequence_length if isinstance(calibration, Calibration) else None
+    if length is None:
+        assert adapter.context_length is not None
+        length = adapter.context_length
+    elif length < 1 or (adapter.context_length is not None and length > adapter.context_length):
+        raise InputError(
+            f"calibration.sequence_length must be from 1 to the model's context of {adapter.context_length} tokens; got {length}"
+        )
+    segments = draw_segments(source.tokens("calibration", adapter.tokenizer), number, length, seed)
+    return list(segments.split(batch_size))

@@ -1,0 +1,280 @@
+"""One job: a config in, a record out. Everything is checked before anything is computed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import re
+import resource
+import sys
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from ptq import checkpoint, pipeline
+from ptq.allocation import Bits
+from ptq.calibration import Calibration, NoCalibration
+from ptq.config import build, load_choice
+from ptq.data.draw import calibration_batches
+from ptq.dry_run import describe
+from ptq.errors import InputError
+from ptq.models.adapter import ModelAdapter
+from ptq.records import RECORD, config_hash, finished, versions, write_json
+from ptq.seeding import isolated_seed
+
+log = logging.getLogger(__name__)
+GROUPS = ("model", "data", "calibration", "grid", "bits", "method", "eval", "tracker")
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """The root keys of the config that are not groups; conf/config.yaml explains them."""
+
+    name: str
+    output_dir: str
+    seed: int
+    device: str
+    progress: bool
+    dry_run: bool
+    save_model: bool
+    rerun: bool
+
+    def torch_device(self) -> torch.device:
+        """The device that computes; InputError where it does not exist."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+        except RuntimeError as error:
+            raise InputError(f"device must be auto, cpu, cuda or cuda:N; got {self.device!r}") from error
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise InputError(f"device={self.device}: this machine has no CUDA device that torch can use; say device=cpu")
+        return device
+
+
+@dataclass(kw_only=True)
+class Parts:
+    """The objects of one job, built and checked."""
+
+    adapter: ModelAdapter
+    data: Any
+    batches: list[Tensor]
+    method: Any
+    grid: Any
+    bits: Bits
+    calibration: Calibration | NoCalibration
+    evaluation: Any
+    tracker: Any
+    device: torch.device
+
+
+def run(config: DictConfig, choices: dict[str, str]) -> dict[str, Any]:
+    """Do the job that `config` describes, write its record and return it.
+
+    `choices` are the names chosen per group. A job whose record says done is not done again. An error ends in a record with
+    status "failed" and is not raised, so that a sweep goes on; with dry_run it is raised and nothing is written.
+    """
+    resolved = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(resolved, dict)
+    plain: dict[str, Any] = {str(k): v for k, v in resolved.items() if k != "hydra"}
+    settings = build({"_target_": "ptq.runner.Settings", **{k: v for k, v in plain.items() if k not in GROUPS}})
+    digest = config_hash(plain)
+    directory = job_directory(settings, choices, digest)
+    if settings.dry_run:
+        with isolated_seed(settings.seed):
+            parts = prepare(config, settings)
+            print(describe(parts, directory))
+        return {"status": "dry_run", "directory": str(directory)}
+    _check_writable(directory)
+    previous = None if settings.rerun else finished(directory, digest)
+    if previous is not None:
+        log.info("already done: %s", directory)
+        return {**previous, "directory": str(directory)}
+    record: dict[str, Any] = {
+        "status": "failed",
+        "error": None,
+        "config": {**plain, "choices": choices},
+        "config_hash": digest,
+        "seed": settings.seed,
+        "versions": versions(),
+        "label": None,
+    }
+    try:
+        with isolated_seed(settings.seed):
+            _execute(config, settings, plain, directory, record)
+        record["status"] = "done"
+    except Exception as error:
+        record["error"] = {
+            "type": type(error).__name__,
+            "message": str(error),
+            "traceback": None if isinstance(error, InputError) else traceback.format_exc(),
+        }
+        log.error("failed: %s: %s", directory.name, error)
+    write_json(directory / RECORD, record)
+    if record["status"] == "done":
+        log.info("%s", summary(record))
+    try:
+        build(config.tracker, "tracker").log(record, directory)
+    except InputError:
+        if record["status"] == "done":
+            raise
+    return {**record, "directory": str(directory)}
+
+
+def job_directory(settings: Settings, choices: dict[str, str], digest: str) -> Path:
+    """outputs/<name>/<model>/<method>-<grid>-<bits>-<calibration>-seed<N>-<hash>."""
+    words = [choices.get(g, "custom") for g in ("method", "grid", "bits", "calibration")]
+    label = "-".join([*words, f"seed{settings.seed}", digest[:8]])
+    return Path(settings.output_dir).absolute() / settings.name / choices.get("model", "custom") / re.sub(r"[^\w.-]+", "_", label)
+
+
+def prepare(config: DictConfig, settings: Settings) -> Parts:
+    """Build every object of the job and check what can be checked without quantizing; raises InputError."""
+    device = settings.torch_device()
+    method = build(config.method, "method")
+    grid = build(config.grid, "grid")
+    bits = build(config.bits, "bits")
+    calibration = build(config.calibration, "calibration")
+    evaluation = build(config.eval, "eval")
+    tracker = build(config.tracker, "tracker")
+    data = build(config.data, "data")
+    for width in bits.widths():
+        grid.check(width, bits.group_size)
+    if isinstance(calibration, NoCalibration) and method.needs_gram:
+        raise InputError(f"method {type(method).__name__} needs calibration data; choose another calibration than none")
+    model = build(config.model, "model")
+    adapter = model.load()
+    data.check(adapter)
+    source = data
+    if isinstance(calibration, Calibration) and calibration.source is not None:
+        source = build(load_choice("data", calibration.source), "calibration.source")
+        source.check(adapter)
+    batches = calibration_batches(source, adapter, calibration, settings.seed)
+    bits.allocate(adapter.quantizable(), [])
+    return Parts(
+        adapter=adapter,
+        data=data,
+        batches=batches,
+        method=method,
+        grid=grid,
+        bits=bits,
+        calibration=calibration,
+        evaluation=evaluation,
+        tracker=tracker,
+        device=device,
+    )
+
+
+def _execute(config: DictConfig, settings: Settings, plain: dict[str, Any], directory: Path, record: dict[str, Any]) -> None:
+    """Fill `record` with what the job finds."""
+    clock = _Clock()
+    parts = prepare(config, settings)
+    record["device"] = _device_name(parts.device)
+    clock.lap("load")
+    if parts.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(parts.device)
+    record["float"] = _float_metrics(parts, settings, plain)
+    clock.lap("float_eval")
+    report = pipeline.quantize(
+        parts.adapter,
+        parts.batches,
+        method=parts.method,
+        grid=parts.grid,
+        bits=parts.bits,
+        calibration=parts.calibration,
+        device=parts.device,
+        seed=settings.seed,
+        progress=settings.progress,
+    )
+    clock.lap("calibrate_and_quantize")
+    module = parts.adapter.module
+    record["quantized"] = parts.evaluation.run(parts.adapter, module, parts.data, parts.device, settings.progress)
+    clock.lap("evaluate")
+    record["bits_per_coefficient"] = report.bits_per_coefficient()
+    record["model_bits_per_coefficient"] = report.model_bits_per_coefficient(module)
+    record["layers"] = [
+        {**asdict(layer), "bits_per_coefficient": sum(layer.storage_bits.values()) / torch.Size(layer.shape).numel()}
+        for layer in report.layers
+    ]
+    record["skipped_layers"] = report.skipped
+    if settings.save_model:
+        checkpoint.save(module, directory / "model", plain["model"])
+        record["saved_bytes"] = checkpoint.quantized_bytes(directory / "model")
+        clock.lap("save")
+    record["seconds"] = {**clock.laps, **report.seconds, "total": clock.total()}
+    record["peak_memory_bytes"] = _peak_memory_bytes(parts.device)
+
+
+def _float_metrics(parts: Parts, settings: Settings, plain: dict[str, Any]) -> dict[str, Any]:
+    """Metrics of the float model, computed once for a model × data × eval × device and kept under output_dir."""
+    source = parts.adapter.source
+    stamp = None
+    if source is not None and Path(source).exists():
+        stat = Path(source).stat()
+        stamp = [stat.st_size, stat.st_mtime_ns]
+    key = config_hash(
+        {**{g: plain[g] for g in ("model", "data", "eval")}, "device": parts.device.type, "stamp": stamp, "torch": torch.__version__}
+    )
+    path = Path(settings.output_dir).absolute() / ".float_metrics" / f"{key}.json"
+    if path.is_file():
+        return dict(json.loads(path.read_text()))
+    metrics = dict(
+        parts.evaluation.run(parts.adapter, parts.adapter.module.to(parts.device), parts.data, parts.device, settings.progress)
+    )
+    write_json(path, metrics)
+    return metrics
+
+
+class _Clock:
+    """Seconds per phase."""
+
+    def __init__(self) -> None:
+        self.start = self.last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.laps[phase], self.last = now - self.last, now
+
+    def total(self) -> float:
+        return time.perf_counter() - self.start
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    """Peak of the device's allocator, or of the process on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _check_writable(directory: Path) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"output folder {directory} cannot be written: {error.strerror}; set output_dir to another place") from error
+
+
+def summary(record: dict[str, Any]) -> str:
+    """One line: what was run, the quantized metric beside the float one, bits, seconds."""
+    choices = record["config"]["choices"]
+    metric = next(m for m in ("top1", "perplexity") if m in record["quantized"])
+    return (
+        f"{choices.get('model')} {choices.get('method')} {choices.get('bits')}: {metric} {record['quantized'][metric]:.4g} "
+        f"(float {record['float'][metric]:.4g}), {record['bits_per_coefficient']['total']:.3f} bits per coefficient, "
+        f"{record['seconds']['total']:.1f} s"
+    )
