@@ -1,0 +1,101 @@
+"""Quantized modules and their files: the same outputs to the bit, and a size that agrees with the accounting."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+import ptq
+from ptq.checkpoint import quantized_bytes
+from ptq.layers import quantized_layer, weight_matrix
+
+
+class Mixed(nn.Module):
+    """Every kind of layer there is, of odd sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 7, 3, padding=1, padding_mode="reflect", bias=False)
+        self.norm = nn.BatchNorm2d(7)
+        self.depthwise = nn.Conv2d(7, 7, 3, groups=7, stride=2, padding="valid")
+        self.linear = nn.Linear(7, 5, bias=False)
+        self.conv1d = Conv1D(3, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.depthwise(torch.relu(self.norm(self.conv(x))))
+        return self.conv1d(torch.tanh(self.linear(x.mean((2, 3)))))
+
+
+@pytest.fixture
+def mixed() -> Mixed:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Mixed().eval()
+
+
+X = torch.randn(6, 3, 9, 9, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("grid", ["affine", "affine_float", "symmetric", "affine_release"])
+@pytest.mark.parametrize("bits", [2, 3, 11])
+@pytest.mark.parametrize("group_size", [None, 4], ids=["row", "four"])
+def test_saved_model_gives_identical_outputs(mixed, tmp_path, grid: str, bits: int, group_size: int | None) -> None:
+    quantized, report = ptq.quantize_model(mixed, [X], "gptq", grid, bits, group_size=group_size)
+    ptq.save(quantized, tmp_path / "model")
+    loaded = ptq.load(tmp_path / "model", Mixed())
+    assert torch.equal(loaded(X), quantized(X))
+    weights = sum(torch.Size(layer.shape).numel() for layer in report.layers)
+    assert weights == sum(m.weight.numel() for n, m in mixed.named_children() if n != "norm")
+    tensors = sum(len(layer.packed) for layer in quantized.children() if hasattr(layer, "packed"))
+    counted = report.bits_per_coefficient()["total"] * weights / 8
+    assert counted - 1e-6 <= quantized_bytes(tmp_path / "model") <= counted + tensors
+    assert (tmp_path / "model" / "quantized.safetensors").stat().st_size <= counted + tensors + 8192
+
+
+def test_quantized_modules_compute_with_the_dequantized_weight(mixed, choice) -> None:
+    for layer in (mixed.conv, mixed.depthwise, mixed.linear, mixed.conv1d):
+        W = weight_matrix(layer)
+        grid = choice("grid", "affine").fit(W, 4)
+        quantized = quantized_layer(layer, grid, grid.round(W))
+        assert quantized.weight.shape == layer.weight.shape
+        x = X if isinstance(layer, nn.Conv2d) and layer.in_channels == 3 else torch.randn(2, 7, 9, 9)
+        if not isinstance(layer, nn.Conv2d):
+            x = torch.randn(4, weight_matrix(layer).shape[-1])
+        layer.weight.data = quantized.weight.reshape(layer.weight.shape)
+        torch.testing.assert_close(quantized(x), layer(x))
+
+
+def test_bits_by_hand() -> None:
+    """A 10 × 6 layer at 3 bits: codes 180, a float16 scale and a 3-bit zero point per row."""
+    layer = nn.Linear(6, 10)
+    quantized, report = ptq.quantize_model(nn.Sequential(layer), [torch.randn(8, 6)], "rtn", "affine", 3)
+    bits = report.bits_per_coefficient()
+    assert bits == {"codes": 3.0, "parameters": 10 * 19 / 60, "total": 3 + 10 * 19 / 60}
+    assert report.model_bits_per_coefficient(quantized) == pytest.approx((180 + 190 + 10 * 32) / 70)
+
+
+def test_what_cannot_be_loaded_is_named(mixed, tmp_path) -> None:
+    quantized, _ = ptq.quantize_model(mixed, [X], "rtn", bits=4)
+    folder = ptq.save(quantized, tmp_path / "model")
+    with pytest.raises(ptq.InputError, match="does not say how to build"):
+        ptq.load(folder)
+    with pytest.raises(ptq.InputError, match="layers that the model lacks: conv, conv1d"):
+        ptq.load(folder, nn.Sequential(nn.Linear(2, 2)))
+    content = json.loads((folder / "model.json").read_text())
+    (folder / "model.json").write_text(json.dumps({**content, "format": 99}))
+    with pytest.raises(ptq.InputError, match="format 99"):
+        ptq.load(folder, Mixed())
+    (folder / "float.safetensors").unlink()
+    with pytest.raises(ptq.InputError, match=r"float\.safetensors is missing"):
+        ptq.load(folder, Mixed())
+
+
+def test_dequantized_weights_in_half_precision(mixed) -> None:
+    quantized, _ = ptq.quantize_model(mixed, [X], "rtn", bits=8)
+    y = F.linear(torch.ones(1, 7), quantized.linear.weight)
+    torch.testing.assert_close(quantized.linear(torch.ones(1, 7).bfloat16()).float(), y, rtol=0.02, atol=0.02)
