@@ -1,0 +1,86 @@
+"""`ptq-report DIR...`: the records of a sweep as tables and figures."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from analysis import tables
+from analysis.collect import aggregate, collect_all
+from analysis.curves import write_curves, write_layer_errors
+from analysis.files import write_csv, write_text
+
+
+class NoRecordsError(ValueError):
+    """A folder to report on is missing or holds no record; the message says which."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written: the Markdown table, every file, and a line per record that gave no result."""
+
+    markdown: str
+    paths: list[Path]
+    problems: list[str]
+
+    def text(self) -> str:
+        """The report as the command prints it."""
+        parts = [self.markdown, "Written:\n" + "\n".join(f"  {path}" for path in self.paths)]
+        if self.problems:
+            parts.append(
+                f"Problems ({len(self.problems)}):\n" + "\n".join(f"  {line}" for line in self.problems)
+            )
+        return "\n\n".join(part.rstrip("\n") for part in parts)
+
+
+def write_report(dirs: list[Path], output: Path | None = None, metric: str | None = None) -> Report:
+    """Read every record under `dirs`; write tables and figures into `output`, by default `dirs[0]`.
+
+    `metric` is for image models, by default top1; language models have perplexity. Raises NoRecordsError.
+    """
+    for folder in dirs:
+        if not folder.is_dir():
+            raise NoRecordsError(
+                f"{folder} is not a folder; give the folder that a sweep wrote its jobs into"
+            )
+    found = collect_all(dirs, metric)
+    if found.frame.empty:
+        searched = ", ".join(map(str, dirs))
+        raise NoRecordsError(
+            "\n  ".join([f"no record.json with a result or an error under {searched}", *found.problems])
+        )
+    folder = output or dirs[0]
+    cells = aggregate(found.frame)
+    table = tables.markdown(cells)
+    paths = [
+        write_text(folder / "table.md", table),
+        write_csv(folder / "table.csv", tables.tidy(cells)),
+        write_text(folder / "table.tex", tables.latex(cells)),
+        *write_curves(cells, folder),
+        *write_layer_errors(found.layers, cells, folder),
+    ]
+    return Report(table, paths, found.problems)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line of `ptq-report`; exit status 1 when there is nothing to report on."""
+    parser = argparse.ArgumentParser(
+        prog="ptq-report", description="Tables and figures from the records under the given folders."
+    )
+    parser.add_argument(
+        "dirs", nargs="+", type=Path, metavar="DIR", help="folder with job folders, at any depth"
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where to write; default: the first DIR")
+    parser.add_argument("--metric", choices=["top1", "top5"], help="metric of image models; default: top1")
+    options = parser.parse_args(argv)
+    try:
+        report = write_report(options.dirs, options.output, options.metric)
+    except NoRecordsError as error:
+        raise SystemExit(f"ptq-report: {error}") from None
+    print(report.text())
+
+
+if __name__ == "__main__":
+    main()
