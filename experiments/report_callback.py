@@ -20,6 +20,6 @@ class ReportCallback(Callback):
         from analysis.report import write_report  # here, so that no job pays for pandas and matplotlib
 
         report = write_report([Path(config.output_dir) / config.name], None, None)
-        print(report.text)
-        if report.failed:
+        print(report.text())
+        if report.problems:
             sys.exit(1)

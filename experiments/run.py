@@ -24,7 +24,8 @@ def job(config: DictConfig) -> dict[str, object]:
     if single and record["status"] == "failed":
         error = record["error"]
         assert isinstance(error, dict)
-        raise InputError(error["traceback"] or error["message"])
+        print(error["traceback"] or f"ptq-run: error: {error['message']}", file=sys.stderr)
+        sys.exit(1)
     return record
 
 

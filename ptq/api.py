@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ptq import pipeline
 from ptq.allocation import Bits
 from ptq.calibration import Calibration, NoCalibration
-from ptq.config import build, load_choice, method_grid
+from ptq.config import build, companion, load_choice
 from ptq.errors import InputError
 from ptq.grids.grid import Grid
 from ptq.methods.method import GridSpec, LayerMethod
@@ -119,7 +119,7 @@ def _method_and_grid(
     if not isinstance(method, str) and overrides:
         raise InputError(f"hyperparameters {', '.join(overrides)} go with a method's name; set them on the object instead")
     if grid is None:
-        grid = method_grid(method) if isinstance(method, str) else "affine"
+        grid = (companion("method", method, "grid") if isinstance(method, str) else None) or "affine"
     solver = build(load_choice("method", method, **overrides), "method") if isinstance(method, str) else method
     spec = build(load_choice("grid", grid), "grid") if isinstance(grid, str) else grid
     return solver, spec

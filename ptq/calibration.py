@@ -60,6 +60,21 @@ class Calibration:
             raise InputError("calibration.target=float_path needs calibration.inputs=quantized: on float inputs both targets are one")
 
 
+class _Positions:
+    """A random choice of at most `limit` positions, the same each time it is asked."""
+
+    def __init__(self, limit: int | None, generator: torch.Generator) -> None:
+        self.limit, self.generator = limit, generator
+        self.chosen: Tensor | None = None
+
+    def __call__(self, positions: int) -> Tensor | None:
+        if self.limit is None or positions <= self.limit:
+            return None
+        if self.chosen is None:
+            self.chosen = torch.randperm(positions, generator=self.generator)[: self.limit].sort().values
+        return self.chosen
+
+
 class GramAccumulator:
     """Gram matrix, and cross matrix where float inputs are given too, of one layer's inputs."""
 
@@ -81,23 +96,10 @@ class GramAccumulator:
             step = max(1, int(UNFOLD_ELEMENTS / per_image))
         for start in range(0, x.shape[0], step):
             part = slice(start, start + step) if x.dim() > 1 else slice(None)
-            X = input_matrix(self.layer, x[part].float())
-            X_float = None if x_float is None else input_matrix(self.layer, x_float[part].detach().float())
-            self._add_tokens(*self._kept(X, X_float, x[part].shape[0]))
-
-    def _kept(self, X: Tensor, X_float: Tensor | None, images: int) -> tuple[Tensor, Tensor | None]:
-        """The tokens of the kept positions: the same positions for all images of a part and for both networks."""
-        if self.positions_per_image is None or not isinstance(self.layer, nn.Conv2d):
-            return X, X_float
-        positions = X.shape[1] // images
-        if positions <= self.positions_per_image:
-            return X, X_float
-        chosen = torch.randperm(positions, generator=self.generator)[: self.positions_per_image].to(X.device)
-
-        def keep(Y: Tensor) -> Tensor:
-            return Y.reshape(Y.shape[0], images, positions, -1)[:, :, chosen].reshape(Y.shape[0], -1, Y.shape[-1])
-
-        return keep(X), None if X_float is None else keep(X_float)
+            choose = _Positions(self.positions_per_image, self.generator)  # one choice for both networks
+            X = input_matrix(self.layer, x[part].float(), choose)
+            X_float = None if x_float is None else input_matrix(self.layer, x_float[part].detach().float(), choose)
+            self._add_tokens(X, X_float)
 
     def _add_tokens(self, X: Tensor, X_float: Tensor | None) -> None:
         groups, tokens, in_features = X.shape

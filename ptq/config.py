@@ -70,14 +70,14 @@ def load_choice(group: str, name: str, **overrides: Any) -> DictConfig:
     return merged
 
 
-def method_grid(method: str) -> str:
-    """The grid that a method's YAML names (`override /grid@_global_.grid: NAME`), else `affine`."""
-    for entry in _read("method", method)[1]:
+def companion(group: str, name: str, other: str) -> str | None:
+    """The choice of group `other` that a choice names as its own (`override /grid@_global_.grid: affine`), or None."""
+    for entry in _read(group, name)[1]:
         if isinstance(entry, DictConfig):
             for key, value in entry.items():
-                if str(key).startswith("override /grid"):
+                if str(key) == f"override /{other}@_global_.{other}":
                     return str(value)
-    return "affine"
+    return None
 
 
 def _read(group: str, name: str) -> tuple[DictConfig, list[Any]]:

@@ -6,6 +6,7 @@ inputs of one output, so for a convolution in_channels / groups · kernel height
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,17 +29,21 @@ def weight_matrix(layer: nn.Module) -> Tensor:
     return weight.t()[None]  # Conv1D keeps [in, out]
 
 
-def input_matrix(layer: nn.Module, x: Tensor) -> Tensor:
+def input_matrix(layer: nn.Module, x: Tensor, choose: Callable[[int], Tensor | None] | None = None) -> Tensor:
     """The inputs that W [groups, out, in] multiplies: [groups, tokens, in]; for a convolution, one token a position.
 
-    Conv2d: stride, padding (all modes), dilation and groups as the layer has them.
+    Conv2d: stride, padding (all modes), dilation and groups as the layer has them; `choose(positions)` may name the
+    positions of each image to keep.
     """
     if not isinstance(layer, nn.Conv2d):
         return x.reshape(1, -1, x.shape[-1])
     if x.dim() == 3:
         x = x[None]
     x = pad_input(x, layer.padding_mode, _padding(layer))
-    patches = F.unfold(x, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)  # [images, in · groups, positions]
+    patches = F.unfold(x, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)  # [images, groups · in, positions]
+    kept = choose(patches.shape[-1]) if choose is not None else None
+    if kept is not None:
+        patches = patches[..., kept]
     images, _, positions = patches.shape
     patches = patches.reshape(images, layer.groups, -1, positions)
     return patches.permute(1, 0, 3, 2).reshape(layer.groups, images * positions, -1)

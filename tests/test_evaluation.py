@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from ptq.config import build, load_choice
+from ptq.config import build, companion, load_choice
 from ptq.errors import InputError
 from ptq.evaluation import Evaluation
 from ptq.models.adapter import ModelAdapter
@@ -233,7 +233,7 @@ def test_the_global_random_state_is_left() -> None:
 )
 def test_local_models_have_their_measured_perplexity(name: str, tokens: int, perplexity: float) -> None:
     choice = load_choice("model", name)
-    adapter, data = build(choice).load(), build(load_choice("data", choice.data))
+    adapter, data = build(choice).load(), build(load_choice("data", companion("model", name, "data")))
     evaluation: Evaluation = build(load_choice("eval", "default"))
     result = evaluation.run(adapter, adapter.module, data, "cpu", progress=False)
     assert result["tokens"] == tokens

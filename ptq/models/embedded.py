@@ -38,7 +38,6 @@ def digits_adapter(name: str, module: nn.Module, checkpoint: str | None) -> Mode
 class DigitsResNet:
     """Residual network for 8×8 digits: one stage of basic blocks a width, each next at half the size."""
 
-    data: str  # the data it was trained on, a choice of conf/data
     widths: list[int]  # channels of each stage
     blocks: int  # basic blocks a stage
     checkpoint: str | None  # None = the weights that ship with ptq
@@ -57,7 +56,6 @@ class DigitsResNet:
 class DigitsViT:
     """Vision transformer for 8×8 digits: patches, pre-norm blocks, mean over tokens."""
 
-    data: str  # the data it was trained on, a choice of conf/data
     patch: int  # pixels a side
     width: int  # features of a token
     depth: int  # blocks

@@ -69,7 +69,6 @@ def topics_llama() -> LlamaForCausalLM:
 class TopicsLlama:
     """The embedded model: a small LLaMA trained on CPython's help texts by experiments/train_topics.py."""
 
-    data: str  # default choice of data
     checkpoint: str | None  # null = the weights that ship with ptq; else a file that train_topics wrote
     skip_output_head: bool  # true = the output head stays float
 
@@ -100,7 +99,6 @@ class CausalLM:
     context_length: int | None  # tokens a sequence may have here; null = as many as the model allows
     dtype: str  # float32, bfloat16 or float16
     attention: str  # eager or sdpa
-    data: str  # default choice of data
     skip_output_head: bool  # true = the output head stays float
 
     def load(self) -> ModelAdapter:

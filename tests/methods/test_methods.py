@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from ptq.config import choices, method_grid
+from ptq.config import choices, companion
 from ptq.errors import InputError
 from ptq.problem import LayerProblem
 from tests.conftest import Golden, random_problem
@@ -24,6 +24,10 @@ GOLDEN_GPTQ = [
     for group_size, act_order, mse in ((-1, False, False), (-1, True, False), (-1, True, True), (32, False, False))
     for bits in (4, 3, 2)
 ]
+
+
+def method_grid(name: str) -> str:
+    return companion("method", name, "grid") or "affine"
 
 
 @pytest.mark.parametrize(("order", "sweeps", "shrink", "bits"), GOLDEN_COMQ)

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ptq.config import build, choices, load_choice
+from ptq.config import build, choices, companion, load_choice
 from ptq.errors import InputError
 from ptq.evaluation import Evaluation
 from ptq.models.language import ByteTokenizer, CausalLM, TopicsLlama
@@ -35,7 +35,6 @@ def causal_lm(path: Path | str, **changes: Any) -> CausalLM:
         "context_length": None,
         "dtype": "float32",
         "attention": "sdpa",
-        "data": "topics",
         "skip_output_head": True,
     }
     return CausalLM(**fields | changes)
@@ -227,4 +226,4 @@ def test_unreachable_hub_says_what_where_and_how(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize("name", choices("model"))
 def test_default_data_exists(name: str) -> None:
-    assert load_choice("model", name).data in choices("data")
+    assert companion("model", name, "data") in choices("data")

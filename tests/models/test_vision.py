@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ptq.config import build, choices, load_choice
+from ptq.config import build, choices, companion, load_choice
 from ptq.errors import InputError
 from ptq.models.adapter import QUANTIZABLE, ModelAdapter, read_checkpoint
 from ptq.models.embedded import WEIGHTS_DIR
@@ -36,7 +36,7 @@ def random_weights(name: str) -> ModelAdapter:
 def top1(name: str) -> float:
     """Float top-1 in percent of a choice of conf/model on the test split of its data."""
     choice = build(load_choice("model", name), "model")
-    data = build(load_choice("data", choice.data), "data")
+    data = build(load_choice("data", companion("model", name, "data")), "data")
     adapter = choice.load()
     data.check(adapter)
     right = total = 0
@@ -78,8 +78,7 @@ def test_embedded_weights_are_small(name: str) -> None:
 
 @pytest.mark.parametrize("name", IMAGE_MODELS)
 def test_every_choice_builds_and_names_existing_data(name: str) -> None:
-    model = build(load_choice("model", name), "model")
-    assert build(load_choice("data", model.data), "data").task == "classification"
+    assert build(load_choice("data", companion("model", name, "data")), "data").task == "classification"
 
 
 @pytest.mark.parametrize(
@@ -242,6 +241,15 @@ def test_weights_that_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("timm.create_model", offline)
     with pytest.raises(InputError, match=r"Hugging Face hub.*no route to host.*model\.checkpoint=FILE"):
         load("deit_small")
+
+
+def test_denormal_weights_become_zero(tmp_path: Path) -> None:
+    state = random_weights("cifar10_resnet20").module.state_dict()
+    state["linear.bias"] = torch.tensor([1e-40, -1e-40, 1e-30] + [1.0] * 7)
+    path = tmp_path / "denormal.safetensors"
+    save_file(state, path)
+    bias = load("cifar10_resnet20", checkpoint=str(path)).module.get_parameter("linear.bias")
+    assert bias[:3].tolist() == [0, 0, pytest.approx(1e-30)]
 
 
 @pytest.mark.data
