@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 from pathlib import Path
 
@@ -34,6 +35,7 @@ def write_csv(path: Path, frame: pd.DataFrame) -> Path:
 
 def write_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Write `name`.png and `name`.pdf; the same figure gives the same PDF bytes."""
+    logging.getLogger("fontTools").setLevel(logging.WARNING)  # it reports each glyph it embeds
     png, pdf = io.BytesIO(), io.BytesIO()
     with mpl.rc_context(fname=STYLE):  # resolution and font embedding are read when a figure is saved
         figure.savefig(png, format="png")
