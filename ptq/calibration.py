@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq.errors import InputError
-from ptq.layers import input_matrix
+from ptq.layers import input_matrix, weight_order
 
 CHUNK = 4096  # tokens per float32 product: its rounding error stays near 1e-7 of the result
 UNFOLD_ELEMENTS = 2**25  # unfolded convolution inputs held at once
@@ -119,11 +119,17 @@ class GramAccumulator:
         """H = X Xᵀ / tokens, [groups, in, in] float64. Raises InputError when no input was added."""
         if self._sum is None:
             raise InputError("no calibration input reached the layer; check the calibration data")
-        return self._sum / self.tokens
+        return self._ordered(self._sum)
 
     def cross(self) -> Tensor | None:
         """C = X_float Xᵀ / tokens, [groups, in, in] float64, or None."""
-        return None if self._cross is None else self._cross / self.tokens
+        return None if self._cross is None else self._ordered(self._cross)
+
+    def _ordered(self, total: Tensor) -> Tensor:
+        """The mean over tokens with rows and columns in the order of the layer's weights."""
+        order = weight_order(self.layer)
+        mean = total / self.tokens
+        return mean if order is None else mean[:, order][:, :, order]
 
 
 @dataclass(kw_only=True)

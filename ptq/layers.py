@@ -33,20 +33,42 @@ def input_matrix(layer: nn.Module, x: Tensor, choose: Callable[[int], Tensor | N
     """The inputs that W [groups, out, in] multiplies: [groups, tokens, in]; for a convolution, one token a position.
 
     Conv2d: stride, padding (all modes), dilation and groups as the layer has them; `choose(positions)` may name the
-    positions of each image to keep.
+    positions of each image to keep. A convolution's inputs come in the order (kernel row, kernel column, channel), which
+    copies whole channel vectors; `weight_order` says which columns of W these are.
     """
     if not isinstance(layer, nn.Conv2d):
         return x.reshape(1, -1, x.shape[-1])
     if x.dim() == 3:
         x = x[None]
-    x = pad_input(x, layer.padding_mode, _padding(layer))
-    patches = F.unfold(x, layer.kernel_size, dilation=layer.dilation, stride=layer.stride)  # [images, groups · in, positions]
-    kept = choose(patches.shape[-1]) if choose is not None else None
-    if kept is not None:
-        patches = patches[..., kept]
-    images, _, positions = patches.shape
-    patches = patches.reshape(images, layer.groups, -1, positions)
-    return patches.permute(1, 0, 3, 2).reshape(layer.groups, images * positions, -1)
+    x = pad_input(x, layer.padding_mode, _padding(layer)).permute(0, 2, 3, 1).contiguous()  # [images, H, W, channels]
+    images, height, width, channels = x.shape
+    (kernel_y, kernel_x), (stride_y, stride_x), (dilation_y, dilation_x) = layer.kernel_size, layer.stride, layer.dilation
+    rows = (height - dilation_y * (kernel_y - 1) - 1) // stride_y + 1
+    columns = (width - dilation_x * (kernel_x - 1) - 1) // stride_x + 1
+    kept = choose(rows * columns) if choose is not None else None
+    positions = rows * columns if kept is None else len(kept)
+    X = x.new_empty(images, positions, kernel_y * kernel_x, channels)
+    for tap in range(kernel_y * kernel_x):
+        y, z = tap // kernel_x * dilation_y, tap % kernel_x * dilation_x
+        if kept is None:
+            window = x[:, y : y + stride_y * (rows - 1) + 1 : stride_y, z : z + stride_x * (columns - 1) + 1 : stride_x]
+            X[:, :, tap] = window.reshape(images, positions, channels)
+        else:
+            index = (kept // columns * stride_y + y) * width + kept % columns * stride_x + z
+            X[:, :, tap] = x.reshape(images, height * width, channels)[:, index.to(x.device)]
+    X = X.reshape(images * positions, kernel_y * kernel_x, layer.groups, -1)  # [tokens, taps, groups, channels of a group]
+    return X.permute(2, 0, 1, 3).reshape(layer.groups, images * positions, -1)
+
+
+def weight_order(layer: nn.Module) -> Tensor | None:
+    """For a convolution, position in `input_matrix`'s order of each input of W [groups, out, in]; None where it is the same."""
+    if not isinstance(layer, nn.Conv2d):
+        return None
+    taps = layer.kernel_size[0] * layer.kernel_size[1]
+    channels = layer.in_channels // layer.groups
+    if taps == 1 or channels == 1:
+        return None
+    return torch.arange(taps * channels).reshape(taps, channels).T.flatten()
 
 
 def _padding(layer: nn.Conv2d) -> list[int]:
