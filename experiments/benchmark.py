@@ -1,4 +1,5 @@
-"""Seconds and relative error of every method on seeded layers, and the cost of COMQ's plain formula beside ours.
+"""Seconds and relative error of every method on seeded layers, and the cost of COMQ's plain formula beside
+ours.
 
 Command: python -m experiments.benchmark [--sizes 512 1024] [--tokens 4096] [--bits 3] [--methods rtn comq …]
 Every time is the best of `--repeats` in this one run; read them as ratios. The unit is one matrix product
@@ -80,9 +81,13 @@ def sweep_table(size: int, tokens: int, bits: int, repeats: int) -> pd.DataFrame
         if order is Order.greedy:
             importance = problem.H[0].diagonal().sqrt() * W.abs()
             visits = importance.argsort(dim=-1, descending=True, stable=True)
-        ours, codes = best_time(lambda order=order: coordinate_descent(problem, grid, sweeps=3, order=order), repeats)
+        ours, codes = best_time(
+            lambda order=order: coordinate_descent(problem, grid, sweeps=3, order=order), repeats
+        )
         plain, plain_codes = best_time(lambda visits=visits: plain_formula(W, X, grid, 3, visits), 1)
-        errors = [problem.relative_error(grid.values(c.reshape(problem.W.shape))) for c in (codes, plain_codes)]
+        errors = [
+            problem.relative_error(grid.values(c.reshape(problem.W.shape))) for c in (codes, plain_codes)
+        ]
         same = float((codes[0] == plain_codes).float().mean())
         rows.append((order.value, plain, ours, plain / ours, errors[1], errors[0], 100 * same))
     columns = ["order", "plain, s", "ours, s", "ratio", "plain error", "our error", "equal codes, %"]
@@ -101,11 +106,18 @@ def method_table(sizes: list[int], tokens: int, bits: int, repeats: int, methods
             method = build(load_choice("method", name))
             spec = build(load_choice("grid", companion("method", name, "grid") or "affine"))
             seconds, (codes, grid) = best_time(
-                lambda method=method, problem=problem, spec=spec: method.quantize_layer(problem, spec, bits, None), repeats
+                lambda method=method, problem=problem, spec=spec: method.quantize_layer(
+                    problem, spec, bits, None
+                ),
+                repeats,
             )
             stored = sum(grid.storage_bits(codes).values()) / W.numel()
-            rows.append((size, name, seconds, seconds / product, problem.relative_error(grid.values(codes)), stored))
-    return pd.DataFrame(rows, columns=["size", "method", "seconds", "products", "relative error", "bits per coefficient"])
+            rows.append(
+                (size, name, seconds, seconds / product, problem.relative_error(grid.values(codes)), stored)
+            )
+    return pd.DataFrame(
+        rows, columns=["size", "method", "seconds", "products", "relative error", "bits per coefficient"]
+    )
 
 
 def main() -> None:

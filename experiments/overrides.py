@@ -1,4 +1,6 @@
-"""Check command-line overrides before Hydra sees them, so that a typo gets a suggestion instead of a stack of frames."""
+"""Check command-line overrides before Hydra sees them, so that a typo gets a suggestion instead of a stack of
+frames.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from ptq.config import CONF_DIR, choices
 from ptq.errors import InputError, suggestion
 
-GROUPS = sorted(p.name for p in CONF_DIR.iterdir() if p.is_dir() and p.name != "hydra" and not p.name.startswith("_"))
+GROUPS = sorted(
+    p.name for p in CONF_DIR.iterdir() if p.is_dir() and p.name != "hydra" and not p.name.startswith("_")
+)
 
 
 def check_overrides(arguments: list[str]) -> None:
@@ -28,7 +32,9 @@ def check_overrides(arguments: list[str]) -> None:
             known = choices(group)
             for choice in _choices(override):
                 if choice is not None and choice not in known:
-                    raise InputError(f"unknown {group} {choice!r}; known: {', '.join(known)}{suggestion(choice, known)}")
+                    raise InputError(
+                        f"unknown {group} {choice!r}; known: {', '.join(known)}{suggestion(choice, known)}"
+                    )
     _check_keys(overrides)
 
 
@@ -41,7 +47,11 @@ def _choices(override: Override) -> list[str | None]:
 def _check_keys(overrides: list[Override]) -> None:
     """Plain `key=value` overrides must name a key that the composed config has."""
     grouped = [o for o in overrides if o.key_or_group in GROUPS]
-    first = [f"{'+' if o.is_add() else ''}{o.key_or_group}={_choices(o)[0] or 'null'}" for o in grouped if not o.is_delete()]
+    first = [
+        f"{'+' if o.is_add() else ''}{o.key_or_group}={_choices(o)[0] or 'null'}"
+        for o in grouped
+        if not o.is_delete()
+    ]
     plain = [o for o in overrides if o.key_or_group not in GROUPS and not o.is_add() and not o.is_delete()]
     plain = [o for o in plain if not o.key_or_group.startswith("hydra")]
     if not plain:

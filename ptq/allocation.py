@@ -13,12 +13,14 @@ from ptq.errors import InputError, suggestion
 class Bits:
     """Bits per weight code: one width, exceptions for the first and last layers, and exceptions by name.
 
-    Names in `layers` and `skip` may hold the wildcards of the shell (`blocks.*.qkv`); each must match some layer.
+    Names in `layers` and `skip` may hold the wildcards of the shell (`blocks.*.qkv`); each must match some
+    layer.
     """
 
     weight: float  # whole for fixed-width grids
     group_size: int | None  # inputs that share scales; null = the whole row
-    first_last: float | None  # bits of the layers that see the model's input or give its output; null = `weight`
+    # bits of the layers that see the model's input or give its output; null = `weight`
+    first_last: float | None
     layers: dict[str, float]
     skip: list[str]  # layers that stay float
 
@@ -26,7 +28,9 @@ class Bits:
         if self.weight <= 0:
             raise InputError(f"bits.weight must be positive; got {self.weight:g}")
         if self.group_size is not None and self.group_size < 1:
-            raise InputError(f"bits.group_size must be at least 1, or null for one scale per row; got {self.group_size}")
+            raise InputError(
+                f"bits.group_size must be at least 1, or null for one scale per row; got {self.group_size}"
+            )
 
     def widths(self) -> list[float]:
         """Every width that may be asked of the grid."""
@@ -37,10 +41,14 @@ class Bits:
         names, ends = list(names), set(ends)
         for pattern in [*self.layers, *self.skip]:
             if not any(fnmatchcase(name, pattern) for name in names):
-                raise InputError(f"bits names layer {pattern!r}, which the model does not have{suggestion(pattern, names)}")
+                raise InputError(
+                    f"bits names layer {pattern!r}, which the model does not have{suggestion(pattern, names)}"
+                )
         allocation: dict[str, float | None] = {}
         for name in names:
-            width: float | None = self.first_last if name in ends and self.first_last is not None else self.weight
+            width: float | None = (
+                self.first_last if name in ends and self.first_last is not None else self.weight
+            )
             for pattern, exception in self.layers.items():
                 width = exception if fnmatchcase(name, pattern) else width
             allocation[name] = None if any(fnmatchcase(name, pattern) for pattern in self.skip) else width

@@ -50,8 +50,9 @@ def quantize_layer(
 ) -> QuantizedWeight:
     """Quantize W [out, in] (or [groups, out, in]) given H = X Xᵀ / tokens [in, in] ([groups, in, in]).
 
-    `method` and `grid` are names of conf/ or objects; `grid` None is the method's own. `overrides` are hyperparameters of a
-    method given by name. C = X_float Xᵀ / tokens asks for the output of the float layer on float inputs.
+    `method` and `grid` are names of conf/ or objects; `grid` None is the method's own. `overrides` are
+    hyperparameters of a method given by name. C = X_float Xᵀ / tokens asks for the output of the float layer
+    on float inputs.
     Raises InputError on shapes that disagree, NaN, or bits that the grid does not have.
 
     >>> import torch
@@ -89,15 +90,19 @@ def quantize_model(
 ) -> tuple[nn.Module, Report]:
     """A quantized copy of `model` (in eval mode) and what was done to each layer.
 
-    `calibration` yields model inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments. `bits` is a
-    width, a name of conf/bits such as "w3g128", or a Bits object; `skip` names layers that stay float (wildcards allowed);
-    `settings` a name of conf/calibration or an object: which inputs layers see and what they reproduce (its sample counts
-    are not read here). `overrides` are hyperparameters of a method given by name.
+    `calibration` yields model inputs: a tensor, a tuple of positional arguments or a dict of keyword
+    arguments. `bits` is a width, a name of conf/bits such as "w3g128", or a Bits object; `skip` names layers
+    that stay float (wildcards allowed); `settings` a name of conf/calibration or an object: which inputs
+    layers see and what they reproduce (its sample counts are not read here). `overrides` are hyperparameters
+    of a method given by name.
     """
     solver, spec = _method_and_grid(method, grid, overrides)
     batches = list(calibration)
-    adapter = ModelAdapter(name=type(model).__name__, module=copy.deepcopy(model).eval(), task="any", forward=_call)
-    where = device if device is not None else next((p.device for p in model.parameters()), torch.device("cpu"))
+    adapter = ModelAdapter(
+        name=type(model).__name__, module=copy.deepcopy(model).eval(), task="any", forward=_call
+    )
+    own = next((p.device for p in model.parameters()), torch.device("cpu"))
+    where = own if device is None else device
     with isolated_seed(seed):
         report = pipeline.quantize(
             adapter,
@@ -105,7 +110,9 @@ def quantize_model(
             method=solver,
             grid=spec,
             bits=_bits(bits, group_size, list(skip)),
-            calibration=build(load_choice("calibration", settings), "calibration") if isinstance(settings, str) else settings,
+            calibration=build(load_choice("calibration", settings), "calibration")
+            if isinstance(settings, str)
+            else settings,
             device=where,
             seed=seed,
             progress=progress,
@@ -117,10 +124,14 @@ def _method_and_grid(
     method: str | LayerMethod, grid: str | GridSpec | None, overrides: dict[str, Any]
 ) -> tuple[LayerMethod, GridSpec]:
     if not isinstance(method, str) and overrides:
-        raise InputError(f"hyperparameters {', '.join(overrides)} go with a method's name; set them on the object instead")
+        raise InputError(
+            f"hyperparameters {', '.join(overrides)} go with a method's name; set them on the object instead"
+        )
     if grid is None:
         grid = (companion("method", method, "grid") if isinstance(method, str) else None) or "affine"
-    solver = build(load_choice("method", method, **overrides), "method") if isinstance(method, str) else method
+    solver = (
+        build(load_choice("method", method, **overrides), "method") if isinstance(method, str) else method
+    )
     spec = build(load_choice("grid", grid), "grid") if isinstance(grid, str) else grid
     return solver, spec
 

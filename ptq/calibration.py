@@ -1,7 +1,7 @@
 """Calibration: which inputs, seen through which network, and their Gram matrices.
 
-H = X Xᵀ / tokens and C = X_float Xᵀ / tokens are accumulated batch by batch: float32 products of at most CHUNK tokens, added
-up in float64. No layer input outlives its batch, and memory per layer is O(in²).
+H = X Xᵀ / tokens and C = X_float Xᵀ / tokens are accumulated batch by batch: float32 products of at most
+CHUNK tokens, added up in float64. No layer input outlives its batch, and memory per layer is O(in²).
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class Calibration:
     inputs: Inputs
     target: Target
     sequential: bool  # inside a block, later layers see the earlier ones already quantized (inputs=quantized)
-    positions_per_image: int | None  # random positions of each image kept for a convolution's Gram; null = all
+    # random positions of each image kept for a convolution's Gram; null = all
+    positions_per_image: int | None
     target_damping: float  # ridge of the float-path target, as a fraction of H's mean diagonal
 
     def __post_init__(self) -> None:
@@ -54,10 +55,14 @@ class Calibration:
             raise InputError(f"calibration.batch_size must be at least 1; got {self.batch_size}")
         if self.positions_per_image is not None and self.positions_per_image < 1:
             raise InputError(
-                f"calibration.positions_per_image must be at least 1, or null for all; got {self.positions_per_image}"
+                "calibration.positions_per_image must be at least 1, or null for all; "
+                f"got {self.positions_per_image}"
             )
         if self.target is Target.float_path and self.inputs is Inputs.float:
-            raise InputError("calibration.target=float_path needs calibration.inputs=quantized: on float inputs both targets are one")
+            raise InputError(
+                "calibration.target=float_path needs calibration.inputs=quantized: "
+                "on float inputs both targets are one"
+            )
 
 
 class _Positions:
@@ -87,7 +92,9 @@ class GramAccumulator:
         self._cross: Tensor | None = None
 
     def add(self, x: Tensor, x_float: Tensor | None = None) -> None:
-        """Add the inputs of one batch as the layer received them, with the float model's inputs for the cross matrix."""
+        """Add the inputs of one batch as the layer received them, with the float model's inputs for the cross
+        matrix.
+        """
         x = x.detach()
         step = x.shape[0]
         if isinstance(self.layer, nn.Conv2d) and x.dim() == 4:
@@ -98,7 +105,9 @@ class GramAccumulator:
             part = slice(start, start + step) if x.dim() > 1 else slice(None)
             choose = _Positions(self.positions_per_image, self.generator)  # one choice for both networks
             X = input_matrix(self.layer, x[part].float(), choose)
-            X_float = None if x_float is None else input_matrix(self.layer, x_float[part].detach().float(), choose)
+            X_float = (
+                None if x_float is None else input_matrix(self.layer, x_float[part].detach().float(), choose)
+            )
             self._add_tokens(X, X_float)
 
     def _add_tokens(self, X: Tensor, X_float: Tensor | None) -> None:

@@ -1,7 +1,9 @@
-"""The saved quantized model: a folder with two safetensors files and one JSON file, and back to identical outputs.
+"""The saved quantized model: a folder with two safetensors files and one JSON file, and back to identical
+outputs.
 
-`quantized.safetensors` holds packed codes and grid parameters, so its size is bits_per_coefficient × weights / 8 (and a
-header); `float.safetensors` holds all other tensors; `model.json` says what each layer is and how to build the model.
+`quantized.safetensors` holds packed codes and grid parameters, so its size is
+bits_per_coefficient × weights / 8 (and a header); `float.safetensors` holds all other tensors; `model.json`
+says what each layer is and how to build the model.
 """
 
 from __future__ import annotations
@@ -24,11 +26,15 @@ FORMAT = 1
 
 
 def save(module: nn.Module, directory: Path | str, model_config: dict[str, Any] | None = None) -> Path:
-    """Write a quantized model to `directory`; `model_config` (a conf/model node) lets `load` rebuild the float model."""
+    """Write a quantized model to `directory`; `model_config` (a conf/model node) lets `load` rebuild the
+    float model.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     layers = {n: m for n, m in module.named_modules() if isinstance(m, QuantizedLayer)}
-    packed = {f"{n}.{k}": t.cpu().contiguous() for n, layer in layers.items() for k, t in layer.packed.items()}
+    packed = {
+        f"{n}.{k}": t.cpu().contiguous() for n, layer in layers.items() for k, t in layer.packed.items()
+    }
     rest = {k: t.cpu().clone().contiguous() for k, t in module.state_dict().items() if k not in packed}
     facts = {n: layer.facts for n, layer in layers.items()}
     content = {"format": FORMAT, "model": model_config, "layers": facts}
@@ -42,9 +48,11 @@ def save(module: nn.Module, directory: Path | str, model_config: dict[str, Any] 
 
 
 def load(directory: Path | str, module: nn.Module | None = None) -> nn.Module:
-    """The model that `save` wrote, in eval mode. `module` is a float model of that architecture; its weights are replaced.
+    """The model that `save` wrote, in eval mode. `module` is a float model of that architecture; its weights
+    are replaced.
 
-    Without `module` the saved model config builds it. Raises InputError naming tensors that are missing or left over.
+    Without `module` the saved model config builds it. Raises InputError naming tensors that are missing or
+    left over.
     """
     directory = Path(directory)
     for name in ("model.json", "quantized.safetensors", "float.safetensors"):
@@ -52,10 +60,14 @@ def load(directory: Path | str, module: nn.Module | None = None) -> nn.Module:
             raise InputError(f"{directory} is not a saved quantized model: {name} is missing")
     content = json.loads((directory / "model.json").read_text())
     if content.get("format") != FORMAT:
-        raise InputError(f"{directory}/model.json has format {content.get('format')!r}; this version reads {FORMAT}")
+        raise InputError(
+            f"{directory}/model.json has format {content.get('format')!r}; this version reads {FORMAT}"
+        )
     if module is None:
         if content["model"] is None:
-            raise InputError(f"{directory} does not say how to build its model; pass the float model as `module`")
+            raise InputError(
+                f"{directory} does not say how to build its model; pass the float model as `module`"
+            )
         module = build(content["model"], "model").load().module
     packed = load_file(directory / "quantized.safetensors")
     rest = load_file(directory / "float.safetensors")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.utils import get_class
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ptq.errors import InputError, suggestion
@@ -18,12 +18,14 @@ CONF_DIR = Path(__file__).resolve().parent.parent / "conf"
 def build(node: DictConfig | dict[str, Any], group: str = "") -> Any:
     """Build the dataclass that `_target_` names from the other keys of `node`.
 
-    Unknown, missing or ill-typed keys raise InputError with the key's name; `group` is the prefix shown with it.
+    Unknown, missing or ill-typed keys raise InputError with the key's name; `group` is the prefix shown with
+    it.
     """
     if not isinstance(node, DictConfig):
         node = OmegaConf.create(node)
-    values = OmegaConf.to_container(node, resolve=True)
-    assert isinstance(values, dict)
+    container = OmegaConf.to_container(node, resolve=True)
+    assert isinstance(container, dict)
+    values = {str(key): value for key, value in container.items()}
     where = f"{group}." if group else ""
     target = values.pop("_target_", None)
     if target is None:
@@ -38,11 +40,15 @@ def build(node: DictConfig | dict[str, Any], group: str = "") -> Any:
     for key in values:
         if key not in fields:
             known = ", ".join(fields) or "none"
-            raise InputError(f"unknown key {where}{key} for {cls.__name__}; known: {known}{suggestion(str(key), fields)}")
+            raise InputError(
+                f"unknown key {where}{key} for {cls.__name__}; known: {known}{suggestion(key, fields)}"
+            )
     for name, field in fields.items():
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if required and name not in values:
-            raise InputError(f"missing key {where}{name} for {cls.__name__}; set it in the YAML or on the command line")
+            raise InputError(
+                f"missing key {where}{name} for {cls.__name__}; set it in the YAML or on the command line"
+            )
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), values))
     except OmegaConfBaseException as error:
@@ -53,25 +59,32 @@ def build(node: DictConfig | dict[str, Any], group: str = "") -> Any:
 
 def choices(group: str) -> list[str]:
     """Names that `group=NAME` accepts, from the files of conf/."""
-    return sorted(p.relative_to(CONF_DIR / group).with_suffix("").as_posix() for p in (CONF_DIR / group).rglob("*.yaml"))
+    return sorted(
+        p.relative_to(CONF_DIR / group).with_suffix("").as_posix() for p in (CONF_DIR / group).rglob("*.yaml")
+    )
 
 
 def load_choice(group: str, name: str, **overrides: Any) -> DictConfig:
-    """The YAML of one choice of a group (its defaults list applied within the group), with overrides merged in."""
+    """The YAML of one choice of a group (its defaults list applied within the group), with overrides merged
+    in.
+    """
     node, defaults = _read(group, name)
-    merged = OmegaConf.create({})
+    merged: DictConfig | ListConfig = OmegaConf.create({})
     for entry in defaults:
         if isinstance(entry, str) and entry != "_self_":
             merged = OmegaConf.merge(merged, load_choice(group, entry))
     merged = OmegaConf.merge(merged, node)
-    for key, value in overrides.items():  # replaced, not merged: a list or mapping given here is the whole of it
+    # replaced, not merged: a list or mapping given here is the whole of it
+    for key, value in overrides.items():
         OmegaConf.update(merged, key, value, merge=False)
     assert isinstance(merged, DictConfig)
     return merged
 
 
 def companion(group: str, name: str, other: str) -> str | None:
-    """The choice of group `other` that a choice names as its own (`override /grid@_global_.grid: affine`), or None."""
+    """The choice of group `other` that a choice names as its own (`override /grid@_global_.grid: affine`), or
+    None.
+    """
     for entry in _read(group, name)[1]:
         if isinstance(entry, DictConfig):
             for key, value in entry.items():

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ptq import pipeline
 from ptq.calibration import Calibration, Inputs, Target
@@ -49,17 +50,26 @@ def describe(parts: Parts, directory: Path) -> str:
     model_bytes = sum(t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()])
     inputs_bytes = sum(b.numel() * b.element_size() for b in parts.batches)
     widest = max(tokens.values(), default=0) * len(parts.batches) * 4
-    memory = model_bytes * (1 + (paths > 1 or _float_inputs(parts))) + inputs_bytes + 2 * widest * paths + 4 * grams
+    memory = (
+        model_bytes * (1 + (paths > 1 or _float_inputs(parts)))
+        + inputs_bytes
+        + 2 * widest * paths
+        + 4 * grams
+    )
     passes = 2.0 * paths + sum(len(u.stages) for u in plan.units) / max(1, len(plan.units))
-    capture = forward_seconds * len(parts.batches) * passes + _gram_seconds(parts, plan, tokens, allocation) * paths
+    capture = (
+        forward_seconds * len(parts.batches) * passes + _gram_seconds(parts, plan, tokens, allocation) * paths
+    )
     solve = _solve_seconds(parts, allocation, work)
     total_bits = stored / max(1, weights)
     lines += [
         "",
-        f"quantized: {len(work)} layers, {weights:,} weights, {total_bits:.4f} bits per coefficient, {stored / 8 / 1e6:.3f} MB",
+        f"quantized: {len(work)} layers, {weights:,} weights, {total_bits:.4f} bits per coefficient, "
+        f"{stored / 8 / 1e6:.3f} MB",
         f"calibration: {sum(len(b) for b in parts.batches)} samples in {len(parts.batches)} batches",
         f"memory to expect: about {memory / 2**20:,.0f} MiB above the libraries' own",
-        f"time to expect: about {capture + solve:,.0f} s (calibration {capture:,.0f}, solving {solve:,.0f}), evaluation not included",
+        f"time to expect: about {capture + solve:,.0f} s (calibration {capture:,.0f}, solving {solve:,.0f}), "
+        "evaluation not included",
         f"record: {directory / 'record.json'}",
     ]
     return "\n".join(lines)
@@ -80,7 +90,7 @@ def _trace(parts: Parts, module: nn.Module, batch: Tensor) -> tuple[dict[str, in
     plan = pipeline.plan(parts.adapter, batch)
     elements: dict[str, int] = {}
 
-    def note(name: str) -> object:
+    def note(name: str) -> RemovableHandle:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             elements[name] = args[0].numel()
 
@@ -91,11 +101,13 @@ def _trace(parts: Parts, module: nn.Module, batch: Tensor) -> tuple[dict[str, in
     parts.adapter.forward(module, batch)
     seconds = time.perf_counter() - started
     for handle in handles:
-        handle.remove()  # type: ignore[attr-defined]  # torch's removable handle
+        handle.remove()
     return elements, seconds, plan
 
 
-def _gram_seconds(parts: Parts, plan: pipeline.Plan, elements: dict[str, int], allocation: dict[str, float | None]) -> float:
+def _gram_seconds(
+    parts: Parts, plan: pipeline.Plan, elements: dict[str, int], allocation: dict[str, float | None]
+) -> float:
     """Time of all Gram products from their operation count and the measured speed of one of them."""
     A = torch.randn(4096, 256, device=parts.device)
     A.mT @ A

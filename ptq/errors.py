@@ -7,7 +7,9 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Wrong input. The message gives the value, the rule and the way out; a command prints it without a traceback."""
+    """Wrong input. The message gives the value, the rule and the way out; a command prints it without a
+    traceback.
+    """
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

@@ -1,7 +1,9 @@
-"""The modules that replace Linear, Conv2d and Conv1D: packed codes and grid parameters, dequantized on the fly.
+"""The modules that replace Linear, Conv2d and Conv1D: packed codes and grid parameters, dequantized on the
+fly.
 
-A layer's weight is seen by ptq as W [groups, out, in]: `groups` are a convolution's groups (1 elsewhere), `in` counts the
-inputs of one output, so for a convolution in_channels / groups · kernel height · kernel width.
+A layer's weight is seen by ptq as W [groups, out, in]: `groups` are a convolution's groups (1 elsewhere),
+`in` counts the inputs of one output, so for a convolution in_channels / groups · kernel height · kernel
+width.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from ptq.models.adapter import QUANTIZABLE
 
 def weight_matrix(layer: nn.Module) -> Tensor:
     """W [groups, out, in] of a Linear, Conv2d or Conv1D, without gradient."""
-    weight = layer.weight.detach()
+    weight = layer.weight
     assert isinstance(weight, Tensor)
+    weight = weight.detach()
     if isinstance(layer, nn.Linear):
         return weight[None]
     if isinstance(layer, nn.Conv2d):
@@ -30,19 +33,25 @@ def weight_matrix(layer: nn.Module) -> Tensor:
 
 
 def input_matrix(layer: nn.Module, x: Tensor, choose: Callable[[int], Tensor | None] | None = None) -> Tensor:
-    """The inputs that W [groups, out, in] multiplies: [groups, tokens, in]; for a convolution, one token a position.
+    """The inputs that W [groups, out, in] multiplies: [groups, tokens, in]; for a convolution, one token a
+    position.
 
-    Conv2d: stride, padding (all modes), dilation and groups as the layer has them; `choose(positions)` may name the
-    positions of each image to keep. A convolution's inputs come in the order (kernel row, kernel column, channel), which
-    copies whole channel vectors; `weight_order` says which columns of W these are.
+    Conv2d: stride, padding (all modes), dilation and groups as the layer has them; `choose(positions)` may
+    name the positions of each image to keep. A convolution's inputs come in the order (kernel row, kernel
+    column, channel), which copies whole channel vectors; `weight_order` says which columns of W these are.
     """
     if not isinstance(layer, nn.Conv2d):
         return x.reshape(1, -1, x.shape[-1])
     if x.dim() == 3:
         x = x[None]
-    x = pad_input(x, layer.padding_mode, _padding(layer)).permute(0, 2, 3, 1).contiguous()  # [images, H, W, channels]
+    # [images, H, W, channels]
+    x = pad_input(x, layer.padding_mode, _padding(layer)).permute(0, 2, 3, 1).contiguous()
     images, height, width, channels = x.shape
-    (kernel_y, kernel_x), (stride_y, stride_x), (dilation_y, dilation_x) = layer.kernel_size, layer.stride, layer.dilation
+    (kernel_y, kernel_x), (stride_y, stride_x), (dilation_y, dilation_x) = (
+        layer.kernel_size,
+        layer.stride,
+        layer.dilation,
+    )
     rows = (height - dilation_y * (kernel_y - 1) - 1) // stride_y + 1
     columns = (width - dilation_x * (kernel_x - 1) - 1) // stride_x + 1
     kept = choose(rows * columns) if choose is not None else None
@@ -51,17 +60,24 @@ def input_matrix(layer: nn.Module, x: Tensor, choose: Callable[[int], Tensor | N
     for tap in range(kernel_y * kernel_x):
         y, z = tap // kernel_x * dilation_y, tap % kernel_x * dilation_x
         if kept is None:
-            window = x[:, y : y + stride_y * (rows - 1) + 1 : stride_y, z : z + stride_x * (columns - 1) + 1 : stride_x]
+            window = x[
+                :,
+                y : y + stride_y * (rows - 1) + 1 : stride_y,
+                z : z + stride_x * (columns - 1) + 1 : stride_x,
+            ]
             X[:, :, tap] = window.reshape(images, positions, channels)
         else:
             index = (kept // columns * stride_y + y) * width + kept % columns * stride_x + z
             X[:, :, tap] = x.reshape(images, height * width, channels)[:, index.to(x.device)]
-    X = X.reshape(images * positions, kernel_y * kernel_x, layer.groups, -1)  # [tokens, taps, groups, channels of a group]
+    # [tokens, taps, groups, channels of a group]
+    X = X.reshape(images * positions, kernel_y * kernel_x, layer.groups, -1)
     return X.permute(2, 0, 1, 3).reshape(layer.groups, images * positions, -1)
 
 
 def weight_order(layer: nn.Module) -> Tensor | None:
-    """For a convolution, position in `input_matrix`'s order of each input of W [groups, out, in]; None where it is the same."""
+    """For a convolution, position in `input_matrix`'s order of each input of W [groups, out, in]; None where
+    it is the same.
+    """
     if not isinstance(layer, nn.Conv2d):
         return None
     taps = layer.kernel_size[0] * layer.kernel_size[1]
@@ -78,6 +94,7 @@ def _padding(layer: nn.Conv2d) -> list[int]:
     if layer.padding == "same":
         total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
         return [total[1] // 2, total[1] - total[1] // 2, total[0] // 2, total[0] - total[0] // 2]
+    assert not isinstance(layer.padding, str)
     vertical, horizontal = layer.padding
     return [int(horizontal), int(horizontal), int(vertical), int(vertical)]
 
@@ -111,7 +128,9 @@ class QuantizedLayer(nn.Module):
 
     def grid_and_codes(self) -> tuple[Grid, Tensor]:
         """The fitted grid and the codes [groups, out, in]."""
-        return get_class(self.facts["grid"]).from_storage(self.packed, self.facts)  # type: ignore[attr-defined]  # a grid class
+        grid_class: Any = get_class(self.facts["grid"])
+        grid, codes = grid_class.from_storage(self.packed, self.facts)
+        return grid, codes
 
     @property
     def weight(self) -> Tensor:

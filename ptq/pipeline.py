@@ -1,9 +1,10 @@
 """Walk the model unit by unit: capture inputs → accumulate Grams → solve layers → replace them → next unit.
 
-A unit is a block (see models/adapter) or a quantizable layer outside all blocks. One traced forward pass finds the order in
-which units and layers run, which layers share an input, and whether a unit's input is exactly the previous unit's output.
-Where it is, units are chained: the stored outputs of one are the inputs of the next. Elsewhere (a pooling in between, a
-changed mask) the inputs are captured by a forward pass of the whole model that stops at the unit.
+A unit is a block (see models/adapter) or a quantizable layer outside all blocks. One traced forward pass
+finds the order in which units and layers run, which layers share an input, and whether a unit's input is
+exactly the previous unit's output. Where it is, units are chained: the stored outputs of one are the inputs
+of the next. Elsewhere (a pooling in between, a changed mask) the inputs are captured by a forward pass of the
+whole model that stops at the unit.
 """
 
 from __future__ import annotations
@@ -84,10 +85,12 @@ class Report:
         return {"codes": codes, "parameters": parameters, "total": codes + parameters}
 
     def model_bits_per_coefficient(self, module: nn.Module) -> float:
-        """Stored bits of the whole model per parameter: quantized layers as stored, all else at its float width."""
+        """Stored bits of the whole model per parameter: quantized layers as stored, all else at its float
+        width.
+        """
         quantized = sum(sum(layer.storage_bits.values()) for layer in self.layers)
         weights = sum(_count(layer.shape) for layer in self.layers)
-        rest = [p for p in module.parameters()]
+        rest = list(module.parameters())
         bits = quantized + sum(p.numel() * p.element_size() * 8 for p in rest)
         return bits / max(1, weights + sum(p.numel() for p in rest))
 
@@ -113,8 +116,8 @@ def quantize(
 ) -> Report:
     """Quantize `adapter.module` in place and say what was done.
 
-    `batches` are model inputs of the calibration set (for NoCalibration, one batch to trace with). Raises InputError, with
-    the layer's name, on NaN or infinity in weights or inputs.
+    `batches` are model inputs of the calibration set (for NoCalibration, one batch to trace with). Raises
+    InputError, with the layer's name, on NaN or infinity in weights or inputs.
     """
     with torch.no_grad():
         walk = _Walk(adapter, batches, method, grid, bits, calibration, torch.device(device), seed)
@@ -127,7 +130,9 @@ def plan(adapter: ModelAdapter, batch: Any) -> Plan:
         return _trace(adapter, batch)
 
 
-def skipped_parameters(adapter: ModelAdapter, plan: Plan, allocation: dict[str, float | None]) -> list[dict[str, Any]]:
+def skipped_parameters(
+    adapter: ModelAdapter, plan: Plan, allocation: dict[str, float | None]
+) -> list[dict[str, Any]]:
     """Every weight of two or more dimensions that stays float, with the reason."""
     skipped = []
     layers = adapter.quantizable()
@@ -154,7 +159,7 @@ def allocate(adapter: ModelAdapter, plan: Plan, bits: Bits) -> dict[str, float |
     return {name: None if name in adapter.skip else width for name, width in allocation.items()}
 
 
-class _Stop(Exception):
+class _StopError(Exception):
     """Ends a forward pass whose remainder is not needed."""
 
 
@@ -250,20 +255,32 @@ def _trace(adapter: ModelAdapter, batch: Any) -> Plan:
         return hook
 
     units = list(dict.fromkeys(unit_of.values()))
-    handles = [module.get_submodule(u).register_forward_pre_hook(unit_called(u), with_kwargs=True) for u in units]
+    handles = [
+        module.get_submodule(u).register_forward_pre_hook(unit_called(u), with_kwargs=True) for u in units
+    ]
     handles += [module.get_submodule(u).register_forward_hook(unit_returned(u)) for u in units]
     handles += [layer.register_forward_pre_hook(layer_called(name)) for name, layer in layers.items()]
     with _hooks(handles):
         adapter.forward(module, batch)
-    reached = {unit: [n for n in order if unit_of[n] == unit] for unit in calls if any(unit_of[n] == unit for n in order)}
+    reached = {
+        unit: [n for n in order if unit_of[n] == unit]
+        for unit in calls
+        if any(unit_of[n] == unit for n in order)
+    }
     result: list[Unit] = []
     previous = None
     for unit, names in reached.items():
         stages: list[list[str]] = []
         for name in names:
             mate = stages[-1][0] if stages else None
-            shares = mate is not None and inputs[mate][0] is inputs[name][0] and inputs[mate][1] == inputs[name][1]
-            same_kind = mate is not None and not isinstance(layers[mate], nn.Conv2d) and not isinstance(layers[name], nn.Conv2d)
+            shares = (
+                mate is not None and inputs[mate][0] is inputs[name][0] and inputs[mate][1] == inputs[name][1]
+            )
+            same_kind = (
+                mate is not None
+                and not isinstance(layers[mate], nn.Conv2d)
+                and not isinstance(layers[name], nn.Conv2d)
+            )
             if shares and same_kind:
                 stages[-1].append(name)
             else:
@@ -283,8 +300,14 @@ def _trace(adapter: ModelAdapter, batch: Any) -> Plan:
         result.append(Unit(name=unit, stages=stages, chained=chained, replayable=once, repeated=again))
         previous = unit
     if not order:
-        raise InputError(f"model {adapter.name!r} has no Linear, Conv2d or Conv1D layer that its forward pass reaches")
-    first = [n for n in order if inputs[n][0] is inputs[order[0]][0]] if adapter.task != "language_modeling" else []
+        raise InputError(
+            f"model {adapter.name!r} has no Linear, Conv2d or Conv1D layer that its forward pass reaches"
+        )
+    first = (
+        [n for n in order if inputs[n][0] is inputs[order[0]][0]]
+        if adapter.task != "language_modeling"
+        else []
+    )
     heads = [adapter.head] if adapter.head in inputs else [order[-1]]
     return Plan(units=result, first=first, last=heads, unreached=[n for n in layers if n not in inputs])
 
@@ -304,9 +327,14 @@ class _Walk:
         seed: int,
     ) -> None:
         if not batches:
-            raise InputError("quantization needs one batch of model inputs at least; the calibration iterable is empty")
+            raise InputError(
+                "quantization needs one batch of model inputs at least; the calibration iterable is empty"
+            )
         if isinstance(calibration, NoCalibration) and method.needs_gram:
-            raise InputError(f"method {type(method).__name__} needs calibration data; calibration=none serves rtn-like methods only")
+            raise InputError(
+                f"method {type(method).__name__} needs calibration data; "
+                "calibration=none serves rtn-like methods only"
+            )
         for width in bits.widths():
             grid.check(width, bits.group_size)
         self.adapter, self.method, self.grid, self.bits, self.device = adapter, method, grid, bits, device
@@ -317,9 +345,10 @@ class _Walk:
         self.plan = _trace(adapter, self.batches[0])
         self.allocation = allocate(adapter, self.plan, bits)
         self.report = Report(skipped=skipped_parameters(adapter, self.plan, self.allocation))
-        statistics = isinstance(calibration, Calibration)
-        self.needs_teacher = statistics and (calibration.inputs is Inputs.float or calibration.target is Target.float_path)
-        self.needs_student = statistics and calibration.inputs is Inputs.quantized
+        self.needs_teacher = self.needs_student = False
+        if isinstance(calibration, Calibration):
+            self.needs_student = calibration.inputs is Inputs.quantized
+            self.needs_teacher = calibration.inputs is Inputs.float or calibration.target is Target.float_path
         self.teacher = copy.deepcopy(self.student) if self.needs_teacher else None
 
     def run(self, progress: bool) -> Report:
@@ -329,13 +358,21 @@ class _Walk:
         for k, unit in enumerate(self.plan.units):
             following = self.plan.units[k + 1] if k + 1 < len(self.plan.units) else None
             wanted = [[n for n in stage if self.allocation[n] is not None] for stage in unit.stages]
-            sequential = isinstance(self.calibration, Calibration) and self.calibration.sequential and self.needs_student
+            sequential = (
+                isinstance(self.calibration, Calibration)
+                and self.calibration.sequential
+                and self.needs_student
+            )
             stages = [s for s in wanted if s] if sequential else [[n for s in wanted for n in s]]
             if isinstance(self.calibration, Calibration):
                 started = time.perf_counter()
                 for role, module in self._roles():
                     if unit.replayable and not (unit.chained and role in inputs):
-                        inputs[role] = self._capture(module, unit.name) if any(stages) or (following and following.chained) else []
+                        inputs[role] = (
+                            self._capture(module, unit.name)
+                            if any(stages) or (following and following.chained)
+                            else []
+                        )
                 self.report.seconds["capture"] += time.perf_counter() - started
             for stage in stages:
                 self._quantize_stage(unit, stage, inputs, bar)
@@ -363,13 +400,13 @@ class _Walk:
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             calls.append(_Call(args, kwargs).cloned().to(torch.device("cpu")))
-            raise _Stop
+            raise _StopError
 
         with _hooks([module.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)]):
             for batch in self.batches:
                 try:
                     self.adapter.forward(module, batch)
-                except _Stop:
+                except _StopError:
                     continue
         return calls
 
@@ -384,7 +421,9 @@ class _Walk:
             advanced.append(call.with_first(output.to("cpu")))
         return advanced
 
-    def _quantize_stage(self, unit: Unit, stage: list[str], inputs: dict[str, list[_Call]], bar: tqdm[Any]) -> None:
+    def _quantize_stage(
+        self, unit: Unit, stage: list[str], inputs: dict[str, list[_Call]], bar: tqdm[Any]
+    ) -> None:
         if not stage:
             return
         started = time.perf_counter()
@@ -414,7 +453,14 @@ class _Walk:
             bar.update()
 
     def _replace(
-        self, name: str, layer: nn.Module, problem: LayerProblem, codes: Tensor, grid: Grid, width: float, seconds: float
+        self,
+        name: str,
+        layer: nn.Module,
+        problem: LayerProblem,
+        codes: Tensor,
+        grid: Grid,
+        width: float,
+        seconds: float,
     ) -> None:
         W_hat = grid.values(codes)
         if not torch.isfinite(W_hat).all():
@@ -434,11 +480,15 @@ class _Walk:
     def _statistics(
         self, unit: Unit, stage: list[str], inputs: dict[str, list[_Call]], calibration: Calibration
     ) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """H and, for target=float_path, C of each layer of a stage. Linear layers that share an input share them too."""
+        """H and, for target=float_path, C of each layer of a stage. Linear layers that share an input share
+        them too.
+        """
         leaders = {name: self._leader(unit, name, stage) for name in stage}
         measured = set(leaders.values())
         accumulators = {
-            name: GramAccumulator(self.student.get_submodule(name), calibration.positions_per_image, self.seed)
+            name: GramAccumulator(
+                self.student.get_submodule(name), calibration.positions_per_image, self.seed
+            )
             for name in measured
         }
         seen_by_student = calibration.inputs is Inputs.quantized
@@ -451,7 +501,9 @@ class _Walk:
                     for x in tensors:
                         accumulators[name].add(x)
                 continue
-            for name, tensors in self._layer_inputs(self.student, unit, measured, inputs.get("student"), index).items():
+            for name, tensors in self._layer_inputs(
+                self.student, unit, measured, inputs.get("student"), index
+            ).items():
                 pairs = float_inputs.get(name, [None] * len(tensors))
                 for x, x_float in zip(tensors, pairs, strict=True):
                     accumulators[name].add(x, x_float)
@@ -466,14 +518,16 @@ class _Walk:
     def _layer_inputs(
         self, module: nn.Module, unit: Unit, names: set[str], calls: list[_Call] | None, index: int
     ) -> dict[str, list[Tensor]]:
-        """Inputs that the named layers receive for batch `index`; the forward pass stops once all have been called."""
+        """Inputs that the named layers receive for batch `index`; the forward pass stops once all have been
+        called.
+        """
         received: dict[str, list[Tensor]] = {name: [] for name in names}
 
         def hook(name: str) -> Callable[..., None]:
             def receive(_: nn.Module, args: tuple[Any, ...]) -> None:
                 received[name].append(args[0].detach().clone())
                 if not unit.repeated and all(received.values()):
-                    raise _Stop
+                    raise _StopError
 
             return receive
 
@@ -484,12 +538,16 @@ class _Walk:
                     module.get_submodule(unit.name)(*call.args, **call.kwargs)
                 else:
                     self.adapter.forward(module, self.batches[index])
-            except _Stop:
+            except _StopError:
                 pass
         return received
 
 
 def _check_finite(module: nn.Module) -> None:
-    bad = [n for n, p in [*module.named_parameters(), *module.named_buffers()] if p.is_floating_point() and not torch.isfinite(p).all()]
+    bad = [
+        n
+        for n, p in [*module.named_parameters(), *module.named_buffers()]
+        if p.is_floating_point() and not torch.isfinite(p).all()
+    ]
     if bad:
         raise InputError(f"NaN or infinity in the model's tensors: {', '.join(bad)}; use a sound checkpoint")

@@ -2,11 +2,13 @@
 
 minimise  tr((T − Ŵ) H (T − Ŵ)ᵀ),   H = X Xᵀ / tokens, X the inputs that the quantized layer will see.
 
-T is W itself, or, when the wanted output is W X_float (the float layer on float inputs), the weight that reproduces
-it best from X:  T = W (C + d I)(H + d I)⁻¹ with C = X_float Xᵀ / tokens. Completing the square shows that the two
-objectives differ by a constant, so every solver serves both. The ridge d keeps T near W where H is nearly singular.
+T is W itself, or, when the wanted output is W X_float (the float layer on float inputs), the weight that
+reproduces it best from X:  T = W (C + d I)(H + d I)⁻¹ with C = X_float Xᵀ / tokens. Completing the square
+shows that the two objectives differ by a constant, so every solver serves both. The ridge d keeps T near W
+where H is nearly singular.
 
-Shapes: W, T, Ŵ [groups, out, in]; H, C [groups, in, in]. `groups` counts a convolution's groups and is 1 elsewhere.
+Shapes: W, T, Ŵ [groups, out, in]; H, C [groups, in, in]. `groups` counts a convolution's groups and is 1
+elsewhere.
 """
 
 from __future__ import annotations
@@ -20,22 +22,33 @@ from ptq.errors import InputError
 class LayerProblem:
     """One layer's weight and input statistics.
 
-    W may be [out, in] (H [in, in]) or [groups, out, in] (H [groups, in, in]); it is kept with the leading dimension.
-    Sweeps run in W's dtype; factorisations run in float64. Raises InputError on NaN, infinity or shapes that disagree.
+    W may be [out, in] (H [in, in]) or [groups, out, in] (H [groups, in, in]); it is kept with the leading
+    dimension. Sweeps run in W's dtype; factorisations run in float64. Raises InputError on NaN, infinity or
+    shapes that disagree.
     """
 
-    def __init__(self, name: str, W: Tensor, H: Tensor, C: Tensor | None = None, damping: float = 0.01) -> None:
+    def __init__(
+        self, name: str, W: Tensor, H: Tensor, C: Tensor | None = None, damping: float = 0.01
+    ) -> None:
         if W.dim() == 2 and H.dim() == 2:
             W, H, C = W[None], H[None], None if C is None else C[None]
         if W.dim() != 3 or W.numel() == 0:
-            raise InputError(f"layer {name!r}: W must be [out, in] or [groups, out, in], not empty; got {list(W.shape)}")
+            raise InputError(
+                f"layer {name!r}: W must be [out, in] or [groups, out, in], not empty; got {list(W.shape)}"
+            )
         expected = (W.shape[0], W.shape[2], W.shape[2])
         for label, matrix in (("H", H), ("C", C)):
             if matrix is not None and tuple(matrix.shape) != expected:
-                raise InputError(f"layer {name!r}: {label} must be {list(expected)} for W {list(W.shape)}; got {list(matrix.shape)}")
+                raise InputError(
+                    f"layer {name!r}: {label} must be {list(expected)} for W {list(W.shape)}; "
+                    f"got {list(matrix.shape)}"
+                )
         for label, matrix in (("weights", W), ("input statistics", H), ("cross statistics", C)):
             if matrix is not None and not torch.isfinite(matrix).all():
-                raise InputError(f"layer {name!r}: NaN or infinity in its {label}; check the checkpoint and the calibration data")
+                raise InputError(
+                    f"layer {name!r}: NaN or infinity in its {label}; "
+                    "check the checkpoint and the calibration data"
+                )
         self.name = name
         self.W = W
         self.H = H
@@ -53,7 +66,9 @@ class LayerProblem:
 
 
 def float_path_target(W: Tensor, H: Tensor, C: Tensor, damping: float) -> Tensor:
-    """T [groups, out, in] = W (C + d I)(H + d I)⁻¹, d = damping · mean diag H; W itself where an input is dead."""
+    """T [groups, out, in] = W (C + d I)(H + d I)⁻¹, d = damping · mean diag H; W itself where an input is
+    dead.
+    """
     H, C = H.double(), C.double()
     diagonal = H.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1, keepdim=True)  # [groups, 1]

@@ -55,7 +55,9 @@ class Settings:
         except RuntimeError as error:
             raise InputError(f"device must be auto, cpu, cuda or cuda:N; got {self.device!r}") from error
         if device.type == "cuda" and not torch.cuda.is_available():
-            raise InputError(f"device={self.device}: this machine has no CUDA device that torch can use; say device=cpu")
+            raise InputError(
+                f"device={self.device}: this machine has no CUDA device that torch can use; say device=cpu"
+            )
         return device
 
 
@@ -78,13 +80,16 @@ class Parts:
 def run(config: DictConfig, choices: dict[str, str]) -> dict[str, Any]:
     """Do the job that `config` describes, write its record and return it.
 
-    `choices` are the names chosen per group. A job whose record says done is not done again. An error ends in a record with
-    status "failed" and is not raised, so that a sweep goes on; with dry_run it is raised and nothing is written.
+    `choices` are the names chosen per group. A job whose record says done is not done again. An error ends in
+    a record with status "failed" and is not raised, so that a sweep goes on; with dry_run it is raised and
+    nothing is written.
     """
     resolved = OmegaConf.to_container(config, resolve=True)
     assert isinstance(resolved, dict)
     plain: dict[str, Any] = {str(k): v for k, v in resolved.items() if k != "hydra"}
-    settings = build({"_target_": "ptq.runner.Settings", **{k: v for k, v in plain.items() if k not in GROUPS}})
+    settings = build(
+        {"_target_": "ptq.runner.Settings", **{k: v for k, v in plain.items() if k not in GROUPS}}
+    )
     digest = config_hash(plain)
     directory = job_directory(settings, choices, digest)
     if settings.dry_run:
@@ -132,7 +137,12 @@ def job_directory(settings: Settings, choices: dict[str, str], digest: str) -> P
     """outputs/<name>/<model>/<method>-<grid>-<bits>-<calibration>-seed<N>-<hash>."""
     words = [choices.get(g, "custom") for g in ("method", "grid", "bits", "calibration")]
     label = "-".join([*words, f"seed{settings.seed}", digest[:8]])
-    return Path(settings.output_dir).absolute() / settings.name / choices.get("model", "custom") / re.sub(r"[^\w.-]+", "_", label)
+    return (
+        Path(settings.output_dir).absolute()
+        / settings.name
+        / choices.get("model", "custom")
+        / re.sub(r"[^\w.-]+", "_", label)
+    )
 
 
 def prepare(config: DictConfig, settings: Settings) -> Parts:
@@ -148,7 +158,9 @@ def prepare(config: DictConfig, settings: Settings) -> Parts:
     for width in bits.widths():
         grid.check(width, bits.group_size)
     if isinstance(calibration, NoCalibration) and method.needs_gram:
-        raise InputError(f"method {type(method).__name__} needs calibration data; choose another calibration than none")
+        raise InputError(
+            f"method {type(method).__name__} needs calibration data; choose another calibration than none"
+        )
     model = build(config.model, "model")
     adapter = model.load()
     data.check(adapter)
@@ -172,7 +184,9 @@ def prepare(config: DictConfig, settings: Settings) -> Parts:
     )
 
 
-def _execute(config: DictConfig, settings: Settings, plain: dict[str, Any], directory: Path, record: dict[str, Any]) -> None:
+def _execute(
+    config: DictConfig, settings: Settings, plain: dict[str, Any], directory: Path, record: dict[str, Any]
+) -> None:
     """Fill `record` with what the job finds."""
     clock = _Clock()
     parts = prepare(config, settings)
@@ -195,12 +209,17 @@ def _execute(config: DictConfig, settings: Settings, plain: dict[str, Any], dire
     )
     clock.lap("calibrate_and_quantize")
     module = parts.adapter.module
-    record["quantized"] = parts.evaluation.run(parts.adapter, module, parts.data, parts.device, settings.progress)
+    record["quantized"] = parts.evaluation.run(
+        parts.adapter, module, parts.data, parts.device, settings.progress
+    )
     clock.lap("evaluate")
     record["bits_per_coefficient"] = report.bits_per_coefficient()
     record["model_bits_per_coefficient"] = report.model_bits_per_coefficient(module)
     record["layers"] = [
-        {**asdict(layer), "bits_per_coefficient": sum(layer.storage_bits.values()) / torch.Size(layer.shape).numel()}
+        {
+            **asdict(layer),
+            "bits_per_coefficient": sum(layer.storage_bits.values()) / torch.Size(layer.shape).numel(),
+        }
         for layer in report.layers
     ]
     record["skipped_layers"] = report.skipped
@@ -213,20 +232,29 @@ def _execute(config: DictConfig, settings: Settings, plain: dict[str, Any], dire
 
 
 def _float_metrics(parts: Parts, settings: Settings, plain: dict[str, Any]) -> dict[str, Any]:
-    """Metrics of the float model, computed once for a model × data × eval × device and kept under output_dir."""
+    """Metrics of the float model, computed once for a model × data × eval × device and kept under
+    output_dir.
+    """
     source = parts.adapter.source
     stamp = None
     if source is not None and Path(source).exists():
         stat = Path(source).stat()
         stamp = [stat.st_size, stat.st_mtime_ns]
     key = config_hash(
-        {**{g: plain[g] for g in ("model", "data", "eval")}, "device": parts.device.type, "stamp": stamp, "torch": torch.__version__}
+        {
+            **{g: plain[g] for g in ("model", "data", "eval")},
+            "device": parts.device.type,
+            "stamp": stamp,
+            "torch": torch.__version__,
+        }
     )
     path = Path(settings.output_dir).absolute() / ".float_metrics" / f"{key}.json"
     if path.is_file():
         return dict(json.loads(path.read_text()))
     metrics = dict(
-        parts.evaluation.run(parts.adapter, parts.adapter.module.to(parts.device), parts.data, parts.device, settings.progress)
+        parts.evaluation.run(
+            parts.adapter, parts.adapter.module.to(parts.device), parts.data, parts.device, settings.progress
+        )
     )
     write_json(path, metrics)
     return metrics
@@ -248,7 +276,11 @@ class _Clock:
 
 
 def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+    )
 
 
 def _peak_memory_bytes(device: torch.device) -> int:
@@ -266,7 +298,9 @@ def _check_writable(directory: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise InputError(f"output folder {directory} cannot be written: {error.strerror}; set output_dir to another place") from error
+        raise InputError(
+            f"output folder {directory} cannot be written: {error.strerror}; set output_dir to another place"
+        ) from error
 
 
 def summary(record: dict[str, Any]) -> str:
@@ -274,7 +308,8 @@ def summary(record: dict[str, Any]) -> str:
     choices = record["config"]["choices"]
     metric = next(m for m in ("top1", "perplexity") if m in record["quantized"])
     return (
-        f"{choices.get('model')} {choices.get('method')} {choices.get('bits')}: {metric} {record['quantized'][metric]:.4g} "
-        f"(float {record['float'][metric]:.4g}), {record['bits_per_coefficient']['total']:.3f} bits per coefficient, "
+        f"{choices.get('model')} {choices.get('method')} {choices.get('bits')}: "
+        f"{metric} {record['quantized'][metric]:.4g} (float {record['float'][metric]:.4g}), "
+        f"{record['bits_per_coefficient']['total']:.3f} bits per coefficient, "
         f"{record['seconds']['total']:.1f} s"
     )

@@ -9,13 +9,16 @@ from torch import Tensor
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
-    """uint8 stream of ⌈count · bits / 8⌉ bytes holding non-negative codes below 2^bits, least significant bit first."""
+    """uint8 stream of ⌈count · bits / 8⌉ bytes holding non-negative codes below 2^bits, least significant bit
+    first.
+    """
     flat = codes.reshape(-1).to(torch.int64)
     if bits > 8:  # low bytes, then the rest
         return torch.cat([pack_codes(flat & 255, 8), pack_codes(flat >> 8, bits - 8)])
     count = flat.numel()
     eights = torch.nn.functional.pad(flat, (0, -count % 8)).reshape(-1, 8)
-    word = (eights << (bits * torch.arange(8, device=flat.device))).sum(-1)  # 8 codes = `bits` bytes of a 64-bit word
+    # 8 codes = `bits` bytes of a 64-bit word
+    word = (eights << (bits * torch.arange(8, device=flat.device))).sum(-1)
     data = (word[:, None] >> (8 * torch.arange(bits, device=flat.device))) & 255
     return data.to(torch.uint8).reshape(-1)[: math.ceil(count * bits / 8)].contiguous()
 
@@ -29,7 +32,9 @@ def unpack_codes(data: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
     if bits == 8:
         return data[:count].to(torch.int32).reshape(shape)
     words = math.ceil(count / 8)
-    eights = torch.nn.functional.pad(data, (0, words * bits - data.numel())).reshape(words, bits).to(torch.int64)
+    eights = (
+        torch.nn.functional.pad(data, (0, words * bits - data.numel())).reshape(words, bits).to(torch.int64)
+    )
     word = (eights << (8 * torch.arange(bits, device=data.device))).sum(-1)
     codes = (word[:, None] >> (bits * torch.arange(8, device=data.device))) & (2**bits - 1)
     return codes.reshape(-1)[:count].to(torch.int32).reshape(shape)

@@ -1,12 +1,15 @@
-"""Experiment trackers: where a finished record goes besides its file. A tracker that fails never fails the job."""
+"""Experiment trackers: where a finished record goes besides its file. A tracker that fails never fails the
+job.
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +44,7 @@ class WandbTracker:
     def log(self, record: dict[str, Any], directory: Path) -> None:
         """Send one record."""
         try:
-            self._send(record, directory, self.mode.value)
+            self._send(record, directory, "online" if self.mode is WandbMode.online else "offline")
         except Exception as error:
             log.warning("wandb: %s; the record is kept in %s", str(error).splitlines()[0], directory)
             if self.mode is WandbMode.online:
@@ -50,13 +53,13 @@ class WandbTracker:
                 except Exception as again:
                     log.warning("wandb offline: %s", again)
 
-    def _send(self, record: dict[str, Any], directory: Path, mode: str) -> None:
+    def _send(self, record: dict[str, Any], directory: Path, mode: Literal["online", "offline"]) -> None:
         import wandb
 
         run = wandb.init(
             project=self.project,
             entity=self.entity,
-            mode=mode,  # type: ignore[arg-type]  # one of wandb's literals
+            mode=mode,
             dir=str(directory),
             name=directory.name,
             config=record["config"],
@@ -64,11 +67,13 @@ class WandbTracker:
         )
         for side in ("float", "quantized"):
             run.summary.update({f"{side}/{k}": v for k, v in (record.get(side) or {}).items()})
-        run.summary.update({f"bits_per_coefficient/{k}": v for k, v in (record.get("bits_per_coefficient") or {}).items()})
+        run.summary.update(
+            {f"bits_per_coefficient/{k}": v for k, v in (record.get("bits_per_coefficient") or {}).items()}
+        )
         run.summary.update({f"seconds/{k}": v for k, v in (record.get("seconds") or {}).items()})
         run.summary["status"] = record["status"]
-        columns = ["name", "bits", "bits_per_coefficient", "relative_error"]
-        rows = [[layer[c] for c in columns] for layer in record.get("layers") or []]
+        columns: list[str | int] = ["name", "bits", "bits_per_coefficient", "relative_error"]
+        rows: list[Iterable[Any]] = [[layer[c] for c in columns] for layer in record.get("layers") or []]
         run.log({"layers": wandb.Table(columns=columns, data=rows)})
         for index, layer in enumerate(record.get("layers") or []):
             run.log({"layer/index": index, "layer/relative_error": layer["relative_error"]})

@@ -50,13 +50,17 @@ def data_folder() -> Path:
     return Path(os.environ["PTQ_DATA"])
 
 
-def random_problem(out: int, inputs: int, *, groups: int = 1, seed: int = 0, dtype: torch.dtype = torch.float64) -> LayerProblem:
+def random_problem(
+    out: int, inputs: int, *, groups: int = 1, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> LayerProblem:
     """Correlated inputs with a non-zero mean, weights of unequal size."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=dtype)
 
-    X = normal(groups, 8 * inputs, inputs) @ normal(groups, inputs, inputs) / inputs**0.5 + 0.3 * normal(groups, 1, inputs)
+    X = normal(groups, 8 * inputs, inputs) @ normal(groups, inputs, inputs) / inputs**0.5 + 0.3 * normal(
+        groups, 1, inputs
+    )
     W = normal(groups, out, inputs) * normal(groups, out, 1).abs().add(0.1)
     return LayerProblem("random", W, (X.mT @ X / X.shape[1]).double())

@@ -17,7 +17,10 @@ LAYERS = {
     "linear on vectors": (lambda: nn.Linear(7, 5, bias=False), (11, 7)),
     "conv1d of gpt2": (lambda: Conv1D(5, 7), (4, 3, 7)),
     "conv": (lambda: nn.Conv2d(4, 6, 3, bias=False), (3, 4, 9, 8)),
-    "strided, padded": (lambda: nn.Conv2d(4, 6, (3, 2), stride=(2, 3), padding=(1, 2), bias=False), (3, 4, 9, 8)),
+    "strided, padded": (
+        lambda: nn.Conv2d(4, 6, (3, 2), stride=(2, 3), padding=(1, 2), bias=False),
+        (3, 4, 9, 8),
+    ),
     "dilated": (lambda: nn.Conv2d(4, 6, 3, dilation=2, padding=2, bias=False), (3, 4, 9, 8)),
     "same": (lambda: nn.Conv2d(4, 6, (4, 3), padding="same", bias=False), (3, 4, 9, 8)),
     "circular": (lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular", bias=False), (3, 4, 9, 8)),

@@ -1,4 +1,6 @@
-"""Quantized modules and their files: the same outputs to the bit, and a size that agrees with the accounting."""
+"""Quantized modules and their files: the same outputs to the bit, and a size that agrees with the
+accounting.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ X = torch.randn(6, 3, 9, 9, generator=torch.Generator().manual_seed(1))
 @pytest.mark.parametrize("grid", ["affine", "affine_float", "symmetric", "affine_release"])
 @pytest.mark.parametrize("bits", [2, 3, 11])
 @pytest.mark.parametrize("group_size", [None, 4], ids=["row", "four"])
-def test_saved_model_gives_identical_outputs(mixed, tmp_path, grid: str, bits: int, group_size: int | None) -> None:
+def test_saved_model_gives_identical_outputs(
+    mixed, tmp_path, grid: str, bits: int, group_size: int | None
+) -> None:
     quantized, report = ptq.quantize_model(mixed, [X], "gptq", grid, bits, group_size=group_size)
     ptq.save(quantized, tmp_path / "model")
     loaded = ptq.load(tmp_path / "model", Mixed())

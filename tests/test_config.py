@@ -1,4 +1,6 @@
-"""conf/ and the classes it names: every choice builds, every experiment composes, every wrong key is explained."""
+"""conf/ and the classes it names: every choice builds, every experiment composes, every wrong key is
+explained.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,9 @@ def test_every_choice_builds_alone_and_composed(group: str, name: str) -> None:
         config = compose("config", overrides=[f"{group}={name}"])
     assert OmegaConf.to_container(config[group], resolve=True) == OmegaConf.to_container(node, resolve=True)
     assert build(config[group], group) == built or group == "data"
-    assert (CONF_DIR / group / f"{name}.yaml").read_text().startswith("# "), "a choice starts with a line that explains it"
+    assert (CONF_DIR / group / f"{name}.yaml").read_text().startswith("# "), (
+        "a choice starts with a line that explains it"
+    )
 
 
 @pytest.mark.parametrize("name", choices("method"))
@@ -109,7 +113,13 @@ def test_typos_on_the_command_line_get_a_suggestion(arguments: list[str], messag
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["-m", "model=deit_small,resnet18", "method=rtn,gptq,comq", "bits=w4,w3,w2", "calibration=imagenet_1024"],
+        [
+            "-m",
+            "model=deit_small,resnet18",
+            "method=rtn,gptq,comq",
+            "bits=w4,w3,w2",
+            "calibration=imagenet_1024",
+        ],
         ["model=llama3_8b", "method=comq", "grid=symmetric", "bits=w3g128", "calibration=wikitext2"],
         ["+bits.layers={head: 8}", "seed=1,2", "method.shrink=[1.0,0.9]", "hydra/launcher=joblib"],
         ["-m", "+experiment=quickstart", "~tracker"],

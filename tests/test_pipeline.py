@@ -84,7 +84,9 @@ class Recorder:
 def layer_inputs(module: nn.Module, name: str, batches: list[Tensor]) -> Tensor:
     """All inputs of a layer over whole forward passes, [tokens, in] float64."""
     seen: list[Tensor] = []
-    handle = module.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
+    handle = module.get_submodule(name).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].detach().clone())
+    )
     with torch.no_grad():
         for batch in batches:
             module(batch)
@@ -96,11 +98,14 @@ def layer_inputs(module: nn.Module, name: str, batches: list[Tensor]) -> Tensor:
 @pytest.mark.parametrize("case", ["float", "quantized", "float_path"])
 def test_each_layer_sees_what_the_settings_say(toy, choice, case: str, sequential: bool) -> None:
     module, batches = toy
-    overrides = {"inputs": "float"} if case == "float" else {"target": "float_path"} if case == "float_path" else {}
+    overrides = (
+        {"inputs": "float"} if case == "float" else {"target": "float_path"} if case == "float_path" else {}
+    )
     settings = choice("calibration", "default", sequential=sequential, target_damping=0.01, **overrides)
     recorder = Recorder()
     quantized, _ = ptq.quantize_model(module, batches, recorder, "affine", 2, settings=settings)
-    for name in ("blocks.0.q", "blocks.1.k", "blocks.2.q", "head"):  # first stages: the same for either `sequential`
+    # first stages: the same for either `sequential`
+    for name in ("blocks.0.q", "blocks.1.k", "blocks.2.q", "head"):
         X_float = layer_inputs(module, name, batches)
         # the layer's own weights do not change its input, so the finished model shows what it saw
         X = X_float if case == "float" else layer_inputs(quantized, name, batches)
@@ -108,9 +113,16 @@ def test_each_layer_sees_what_the_settings_say(toy, choice, case: str, sequentia
         H = X.T @ X / len(X)
         assert_close(problem.H[0], H, rtol=1e-4, atol=1e-6)
         C = X_float.T @ X / len(X) if case == "float_path" else None
-        assert_close(problem.T, LayerProblem(name, problem.W, H[None], None if C is None else C[None]).T, rtol=1e-3, atol=1e-4)
+        assert_close(
+            problem.T,
+            LayerProblem(name, problem.W, H[None], None if C is None else C[None]).T,
+            rtol=1e-3,
+            atol=1e-4,
+        )
     X = layer_inputs(quantized, "blocks.1.out", batches)
-    close = bool(torch.isclose(recorder.problems["blocks.1.out"].H[0], X.T @ X / len(X), rtol=1e-4, atol=1e-6).all())
+    close = bool(
+        torch.isclose(recorder.problems["blocks.1.out"].H[0], X.T @ X / len(X), rtol=1e-4, atol=1e-6).all()
+    )
     assert close == (sequential and case != "float")
 
 
@@ -189,7 +201,7 @@ def test_names_in_bits_must_exist(toy, choice) -> None:
     module, batches = toy
     with pytest.raises(InputError, match=r"'blocks.0.qq'.*did you mean 'blocks.0.q'"):
         ptq.quantize_model(module, batches, "rtn", bits=choice("bits", "w4", skip=["blocks.0.qq"]))
-    with pytest.raises(InputError, match="unknown bits 'w33'.*did you mean 'w3'"):
+    with pytest.raises(InputError, match=r"unknown bits 'w33'.*did you mean 'w3'"):
         ptq.quantize_model(module, batches, "rtn", bits="w33")
 
 

@@ -11,7 +11,10 @@ from ptq.problem import LayerProblem
 
 
 def inputs(seed: int, tokens: int = 50, features: int = 6) -> torch.Tensor:
-    return torch.randn(tokens, features, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 0.5
+    return (
+        torch.randn(tokens, features, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        + 0.5
+    )
 
 
 def test_error_is_the_output_error() -> None:

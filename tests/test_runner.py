@@ -1,4 +1,6 @@
-"""Jobs: the record, skipping what is done, failures that stop nothing, interruptions that lose nothing, the command."""
+"""Jobs: the record, skipping what is done, failures that stop nothing, interruptions that lose nothing, the
+command.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,14 @@ from ptq.records import config_hash, write_json
 from ptq.runner import run
 
 FAST = ["eval.num_samples=60", "calibration.num_samples=40", "progress=false", "device=cpu"]
-CHOICES = {"model": "digits_resnet", "data": "digits", "method": "rtn", "grid": "affine", "bits": "w4", "calibration": "default"}
+CHOICES = {
+    "model": "digits_resnet",
+    "data": "digits",
+    "method": "rtn",
+    "grid": "affine",
+    "bits": "w4",
+    "calibration": "default",
+}
 
 
 def config(tmp_path: Path, *overrides: str) -> DictConfig:
@@ -84,7 +93,9 @@ def test_a_finished_job_is_not_run_again_and_float_metrics_are_reused(tmp_path: 
 def test_same_seed_same_record_other_seed_other_draw(tmp_path: Path) -> None:
     torch.manual_seed(5)
     state, numpy_state = torch.random.get_rng_state(), np.random.get_state()[1].copy()
-    records = [run(config(tmp_path / str(k), "method=comq", "bits=w2", f"seed={k // 2}"), CHOICES) for k in range(3)]
+    records = [
+        run(config(tmp_path / str(k), "method=comq", "bits=w2", f"seed={k // 2}"), CHOICES) for k in range(3)
+    ]
     errors = [[layer["relative_error"] for layer in record["layers"]] for record in records]
     assert errors[0] == errors[1] != errors[2]
     assert records[0]["quantized"] == records[1]["quantized"]
@@ -112,7 +123,9 @@ def test_same_seed_same_record_other_seed_other_draw(tmp_path: Path) -> None:
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_wrong_input_leaves_a_record_with_its_error(tmp_path: Path, overrides: list[str], message: str) -> None:
+def test_wrong_input_leaves_a_record_with_its_error(
+    tmp_path: Path, overrides: list[str], message: str
+) -> None:
     record = run(config(tmp_path, *overrides), CHOICES)
     assert record["status"] == "failed"
     assert record["error"]["type"] == "InputError"
@@ -130,7 +143,9 @@ def test_a_failed_job_is_tried_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [None, "/no/such/folder"], ids=["unset", "wrong"])
-def test_data_folder_unset_or_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
+def test_data_folder_unset_or_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str | None
+) -> None:
     if value is None:
         monkeypatch.delenv("PTQ_DATA", raising=False)
     else:
@@ -142,11 +157,13 @@ def test_data_folder_unset_or_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_an_output_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(InputError, match="cannot be written.*set output_dir"):
+    with pytest.raises(InputError, match=r"cannot be written.*set output_dir"):
         run(config(tmp_path / "file"), CHOICES)
 
 
-def test_dry_run_says_what_would_happen_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_says_what_would_happen_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run(config(tmp_path, "dry_run=true", "method=comq", "bits=w2"), CHOICES)
     said = capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
@@ -180,7 +197,9 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
 
 
 def test_sweep_with_a_failing_job_finishes_reports_and_exits_with_one(tmp_path: Path) -> None:
-    said = command("-m", "bits=w4,w2", "method=rtn", "bits.group_size=null,0", f"output_dir={tmp_path}", *FAST, expect=1)
+    said = command(
+        "-m", "bits=w4,w2", "method=rtn", "bits.group_size=null,0", f"output_dir={tmp_path}", *FAST, expect=1
+    )
     statuses = [json.loads(p.read_text())["status"] for p in (tmp_path / "runs").rglob("record.json")]
     assert sorted(statuses) == ["done", "done", "failed", "failed"]
     assert "group_size must be at least 1" in said
@@ -241,7 +260,8 @@ def test_a_single_failing_job_ends_in_one_plain_message(tmp_path: Path) -> None:
 def test_wandb_offline_keeps_the_run_and_an_unreachable_server_loses_nothing(tmp_path: Path) -> None:
     for mode in ("offline", "online"):
         said = command(
-            "tracker=wandb", f"tracker.mode={mode}", "tracker.timeout_seconds=5", "method=rtn", f"output_dir={tmp_path / mode}", *FAST,
+            "tracker=wandb", f"tracker.mode={mode}", "tracker.timeout_seconds=5",
+            "method=rtn", f"output_dir={tmp_path / mode}", *FAST,
             WANDB_BASE_URL="http://127.0.0.1:9", WANDB_API_KEY="0" * 40,
         )  # fmt: skip
         [record] = (tmp_path / mode / "runs").rglob("record.json")

@@ -1,4 +1,6 @@
-"""The calibration draw: a fixed number of samples of a source, batched, the same for every layer and every method."""
+"""The calibration draw: a fixed number of samples of a source, batched, the same for every layer and every
+method.
+"""
 
 from __future__ import annotations
 
@@ -24,19 +26,25 @@ def calibration_batches(
     Raises InputError when the source holds fewer samples, or when its kind is not the model's.
     """
     if source.task != adapter.task:
-        raise InputError(f"model {adapter.name!r} does {adapter.task}, but the data is for {source.task}; choose other data")
+        raise InputError(
+            f"model {adapter.name!r} does {adapter.task}, but the data is for {source.task}; "
+            "choose other data"
+        )
     number = calibration.num_samples if isinstance(calibration, Calibration) else TRACE_SAMPLES
     batch_size = calibration.batch_size if isinstance(calibration, Calibration) else TRACE_SAMPLES
     if adapter.task == "classification":
         dataset = source.dataset("calibration", adapter.preprocessing, seed=seed, num_samples=number)
-        return [images for images, _ in DataLoader(dataset, batch_size=batch_size, generator=torch.Generator())]
+        return [
+            images for images, _ in DataLoader(dataset, batch_size=batch_size, generator=torch.Generator())
+        ]
     length = calibration.sequence_length if isinstance(calibration, Calibration) else None
     if length is None:
         assert adapter.context_length is not None
         length = adapter.context_length
     elif length < 1 or (adapter.context_length is not None and length > adapter.context_length):
         raise InputError(
-            f"calibration.sequence_length must be from 1 to the model's context of {adapter.context_length} tokens; got {length}"
+            "calibration.sequence_length must be from 1 to the model's context of "
+            f"{adapter.context_length} tokens; got {length}"
         )
     segments = draw_segments(source.tokens("calibration", adapter.tokenizer), number, length, seed)
     return list(segments.split(batch_size))

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from torchvision import datasets
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as T  # noqa: N812 — torchvision's own abbreviation
+from torchvision.transforms import functional as T
 
 from ptq.data.root import resolve
 from ptq.errors import InputError, suggestion

@@ -1,6 +1,7 @@
 """Affine and symmetric grids: value = scale · code + offset.
 
-With an integer zero point the offset is −scale · zero_point; a symmetric grid has no offset; a float offset is free.
+With an integer zero point the offset is −scale · zero_point; a symmetric grid has no offset; a float offset
+is free.
 Shapes: W, codes [groups, out, in]; scale, offset, zero_point [groups, out, units] ([1, 1, 1] per tensor).
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,8 +48,9 @@ class Range(Enum):
 class Affine:
     """How to fit an affine grid to a weight matrix.
 
-    A per-row or per-unit range [min, max] is shrunk by the factor in {1 − k · (1 − min_shrink) / shrink_steps} that the
-    `range` rule likes best. `parameter_bits` 16 keeps scales and offsets as float16 with one power of two per layer.
+    A per-row or per-unit range [min, max] is shrunk by the factor in
+    {1 − k · (1 − min_shrink) / shrink_steps} that the `range` rule likes best. `parameter_bits` 16 keeps
+    scales and offsets as float16 with one power of two per layer.
     """
 
     zero: Zero
@@ -64,7 +67,8 @@ class Affine:
             raise InputError(f"parameter_bits must be 16 or 32; got {self.parameter_bits}")
         if self.shrink_steps < 1 or not 0 < self.min_shrink <= 1:
             raise InputError(
-                f"shrink_steps must be at least 1 and min_shrink in (0, 1]; got {self.shrink_steps} and {self.min_shrink}"
+                "shrink_steps must be at least 1 and min_shrink in (0, 1]; "
+                f"got {self.shrink_steps} and {self.min_shrink}"
             )
         if not 50 < self.percentile <= 100:
             raise InputError(f"percentile must be in (50, 100]; got {self.percentile}")
@@ -74,16 +78,22 @@ class Affine:
         check_bits(bits)
         check_group_size(group_size)
         if group_size is not None and self.granularity is Granularity.tensor:
-            raise InputError(f"granularity=tensor has one scale per layer and takes no group_size; got {group_size}")
+            raise InputError(
+                f"granularity=tensor has one scale per layer and takes no group_size; got {group_size}"
+            )
 
-    def fit(self, W: Tensor, bits: float, group_size: int | None = None, H: Tensor | None = None) -> AffineGrid:
+    def fit(
+        self, W: Tensor, bits: float, group_size: int | None = None, H: Tensor | None = None
+    ) -> AffineGrid:
         """Grid fitted to W [groups, out, in]; H [groups, in, in] is needed by range=gram only."""
         self.check(bits, group_size)
         low, high = self._range(W, group_size)
         if self.range in (Range.min_max, Range.percentile):
             return self._grid(low, high, int(bits), W.shape[-1], group_size)
         if self.range is Range.gram and H is None:
-            raise InputError("range=gram needs the layer's Gram matrix; use range=mse where there is no calibration")
+            raise InputError(
+                "range=gram needs the layer's Gram matrix; use range=mse where there is no calibration"
+            )
         best, best_error = self._grid(low, high, int(bits), W.shape[-1], group_size), None
         for k in range(self.shrink_steps):
             shrink = 1 - k * (1 - self.min_shrink) / self.shrink_steps
@@ -121,7 +131,9 @@ class Affine:
             low, high = low.clamp_max(0), high.clamp_min(0)
         return low, high
 
-    def _grid(self, low: Tensor, high: Tensor, bits: int, in_features: int, group_size: int | None) -> AffineGrid:
+    def _grid(
+        self, low: Tensor, high: Tensor, bits: int, in_features: int, group_size: int | None
+    ) -> AffineGrid:
         levels = 2**bits
         scale = (high - low) / (levels - 1)
         # a constant unit: one step reaches its value from zero, and an all-zero unit takes any step
@@ -147,7 +159,9 @@ class Affine:
         ).as_stored()
 
     def _error(self, grid: AffineGrid, W: Tensor, H: Tensor | None) -> Tensor:
-        """Error of nearest rounding, summed over what shares the choice: [groups, out, units or 1] or [1, 1, 1]."""
+        """Error of nearest rounding, summed over what shares the choice: [groups, out, units or 1]
+        or [1, 1, 1].
+        """
         R = W - grid.values(grid.round(W))
         if self.range is Range.gram:
             assert H is not None
@@ -233,8 +247,9 @@ class AffineGrid:
     def refit(self, codes: Tensor, W: Tensor, H: Tensor) -> AffineGrid:
         """Exact least squares for the scales (and float offsets) of each row, all its units jointly.
 
-        The normal equations M θ = v of all units are coupled through H and cost O(out · in²) to form (decoupleQ,
-        section 2.2). A row keeps its old parameters where the stored result would not lower its objective.
+        The normal equations M θ = v of all units are coupled through H and cost O(out · in²) to form
+        (decoupleQ, section 2.2). A row keeps its old parameters where the stored result would not lower its
+        objective.
         """
         Q = codes.to(torch.float64)
         if self.zero_point is not None:
@@ -249,7 +264,13 @@ class AffineGrid:
         scale = theta[..., :units].to(self.scale.dtype)
         offset = None if self.offset is None else theta[..., units:].to(self.scale.dtype)
         usable = torch.isfinite(theta).all(-1, keepdim=True) & (scale != 0).all(-1, keepdim=True)
-        new = replace(self, scale=torch.where(usable, scale, self.scale), offset=None if offset is None else torch.where(usable, offset, self.offset)).as_stored()
+        new = replace(
+            self,
+            scale=torch.where(usable, scale, self.scale),
+            offset=None
+            if offset is None or self.offset is None
+            else torch.where(usable, offset, self.offset),
+        ).as_stored()
         theta_new = new.scale if new.offset is None else torch.cat([new.scale, new.offset], -1)
         lower = _quadratic(M, v, theta_new.double()) < _quadratic(M, v, theta_old.double())
         return new.where(lower, self)
@@ -258,14 +279,19 @@ class AffineGrid:
         return self.where_units(better[..., None], other)
 
     def where_units(self, better: Tensor, other: AffineGrid) -> AffineGrid:
-        """Parameters of `self` where better [groups, out, units] (or broadcastable) is true, of `other` elsewhere."""
+        """Parameters of `self` where better [groups, out, units] (or broadcastable) is true, of `other`
+        elsewhere.
+        """
 
         def pick(a: Tensor | None, b: Tensor | None) -> Tensor | None:
             return None if a is None or b is None else torch.where(better, a, b)
 
         scale = torch.where(better, self.scale, other.scale)
         return replace(
-            self, scale=scale, zero_point=pick(self.zero_point, other.zero_point), offset=pick(self.offset, other.offset)
+            self,
+            scale=scale,
+            zero_point=pick(self.zero_point, other.zero_point),
+            offset=pick(self.offset, other.offset),
         )
 
     def scaled(self, factor: float) -> AffineGrid:
@@ -284,11 +310,15 @@ class AffineGrid:
         scale = put(self.scale, other.scale)
         assert scale is not None
         return replace(
-            self, scale=scale, zero_point=put(self.zero_point, other.zero_point), offset=put(self.offset, other.offset)
+            self,
+            scale=scale,
+            zero_point=put(self.zero_point, other.zero_point),
+            offset=put(self.offset, other.offset),
         )
 
     def as_stored(self) -> AffineGrid:
         """The grid with scales and offsets exactly as a file would return them."""
+
         def stored(parameter: Tensor) -> Tensor:
             return unpack_parameter(*pack_parameter(parameter, self.parameter_bits)).to(parameter.dtype)
 
@@ -301,10 +331,10 @@ class AffineGrid:
         inside = (self.zero_point >= 0) & (self.zero_point <= self.code_max)
         return self.bits if bool(inside.all()) else 16
 
-    def storage(self, codes: Tensor) -> tuple[dict[str, Tensor], dict[str, object]]:
+    def storage(self, codes: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {"codes": pack_codes(codes - self.code_min, self.bits)}
         tensors["scale"], scale_exponent = pack_parameter(self.scale, self.parameter_bits)
-        facts: dict[str, object] = {
+        facts: dict[str, Any] = {
             "grid": "ptq.grids.affine.AffineGrid",
             "bits": self.bits,
             "symmetric": self.code_min < 0,
@@ -325,19 +355,21 @@ class AffineGrid:
         return tensors, facts
 
     @classmethod
-    def from_storage(cls, tensors: dict[str, Tensor], facts: dict[str, object]) -> tuple[AffineGrid, Tensor]:
+    def from_storage(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> tuple[AffineGrid, Tensor]:
         """The grid and the codes that `storage` wrote."""
-        bits, shape, unit_shape = int(facts["bits"]), tuple(facts["shape"]), tuple(facts["parameter_shape"])  # type: ignore[call-overload, arg-type]  # JSON values
+        bits = int(facts["bits"])
+        shape: tuple[int, ...] = tuple(facts["shape"])
+        unit_shape: tuple[int, ...] = tuple(facts["parameter_shape"])
         code_min = -(2 ** (bits - 1)) if facts["symmetric"] else 0
         codes = (unpack_codes(tensors["codes"], bits, shape) + code_min).to(torch.int16)
-        scale = unpack_parameter(tensors["scale"], facts["scale_exponent"]).reshape(unit_shape)  # type: ignore[arg-type]  # JSON values
+        scale = unpack_parameter(tensors["scale"], facts["scale_exponent"]).reshape(unit_shape)
         zero_point = offset = None
         if "zero_point" in tensors:
-            width = int(facts["zero_point_bits"])  # type: ignore[call-overload]  # JSON values
+            width = int(facts["zero_point_bits"])
             shift = 0 if width == bits else 2**15
             zero_point = (unpack_codes(tensors["zero_point"], width, unit_shape) - shift).to(scale.dtype)
         if "offset" in tensors:
-            offset = unpack_parameter(tensors["offset"], facts["offset_exponent"]).reshape(unit_shape)  # type: ignore[arg-type]  # JSON values
+            offset = unpack_parameter(tensors["offset"], facts["offset_exponent"]).reshape(unit_shape)
         grid = cls(
             scale=scale,
             zero_point=zero_point,
@@ -346,8 +378,8 @@ class AffineGrid:
             code_max=code_min + 2**bits - 1,
             bits=bits,
             in_features=shape[-1],
-            group_size=facts["group_size"],  # type: ignore[arg-type]  # JSON values
-            parameter_bits=int(facts["parameter_bits"]),  # type: ignore[call-overload]  # JSON values
+            group_size=facts["group_size"],
+            parameter_bits=int(facts["parameter_bits"]),
             per_tensor=bool(facts["per_tensor"]),
         )
         return grid, codes
@@ -361,10 +393,13 @@ class AffineGrid:
         return {"codes": codes.numel() * self.bits, "parameters": parameters}
 
 
-def normal_equations(basis: list[Tensor], W: Tensor, H: Tensor, group_size: int | None) -> tuple[Tensor, Tensor]:
+def normal_equations(
+    basis: list[Tensor], W: Tensor, H: Tensor, group_size: int | None
+) -> tuple[Tensor, Tensor]:
     """M [groups, out, p, p] and v [groups, out, p] of min_θ (w − θB) H (w − θB)ᵀ per row.
 
-    B holds each tensor of `basis` [groups, out, in] restricted to each unit of `group_size` inputs: p = basis · units.
+    B holds each tensor of `basis` [groups, out, in] restricted to each unit of `group_size` inputs:
+    p = basis · units.
     """
     in_features = W.shape[-1]
     unit_of = torch.arange(in_features, device=W.device) // (group_size or in_features)
@@ -383,9 +418,13 @@ def normal_equations(basis: list[Tensor], W: Tensor, H: Tensor, group_size: int 
 
 
 def solve_ridged(M: Tensor, v: Tensor, start: Tensor) -> Tensor:
-    """θ with M θ ≈ v by least squares around `start`, so that a direction M does not see keeps its old value."""
+    """θ with M θ ≈ v by least squares around `start`, so that a direction M does not see keeps its old
+    value.
+    """
     size = M.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    ridge = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device) * torch.where(size > 0, size * 1e-10, torch.ones_like(size))
+    ridge = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device) * torch.where(
+        size > 0, size * 1e-10, torch.ones_like(size)
+    )
     step, _ = torch.linalg.solve_ex(M + ridge, (v - (M @ start[..., None])[..., 0])[..., None])
     return start + step[..., 0]
 

@@ -1,12 +1,12 @@
 """What every grid promises: codes ↔ values, a closed-form refit, and its exact size in bits.
 
-Shapes: W, codes, Ŵ [groups, out, in] (`groups`: convolution groups, 1 elsewhere); parameters [groups, out, units],
-where a unit is `group_size` inputs that share parameters, or the whole row.
+Shapes: W, codes, Ŵ [groups, out, in] (`groups`: convolution groups, 1 elsewhere); parameters
+[groups, out, units], where a unit is `group_size` inputs that share parameters, or the whole row.
 """
 
 from __future__ import annotations
 
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from torch import Tensor
 
@@ -14,7 +14,9 @@ from ptq.errors import InputError
 
 
 class Grid(Protocol):
-    """Fitted parameters plus the verbs that solvers and storage need. Codes are integers in [code_min, code_max]."""
+    """Fitted parameters plus the verbs that solvers and storage need. Codes are integers in
+    [code_min, code_max].
+    """
 
     code_min: int
     code_max: int
@@ -36,7 +38,9 @@ class Grid(Protocol):
         """Codes and values nearest to w [groups, out] in one input column, or in column[g, r] of each row."""
 
     def refit(self, codes: Tensor, W: Tensor, H: Tensor) -> Self:
-        """The grid with parameters that minimise tr((W − Ŵ) H (W − Ŵ)ᵀ) for fixed codes; never a higher objective."""
+        """The grid with parameters that minimise tr((W − Ŵ) H (W − Ŵ)ᵀ) for fixed codes; never a higher
+        objective.
+        """
 
     def where(self, better: Tensor, other: Self) -> Self:
         """Parameters of `self` for the rows where better [groups, out] is true, of `other` elsewhere."""
@@ -44,7 +48,7 @@ class Grid(Protocol):
     def replace_unit(self, unit: int, other: Self) -> Self:
         """This grid with the parameters of one unit taken from the one-unit grid `other`."""
 
-    def storage(self, codes: Tensor) -> tuple[dict[str, Tensor], dict[str, object]]:
+    def storage(self, codes: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a file keeps: packed tensors and the JSON facts needed to read them back."""
 
     def storage_bits(self, codes: Tensor) -> dict[str, int]:

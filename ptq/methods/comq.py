@@ -2,10 +2,10 @@
 
 Paper: Zhang et al., "COMQ", arXiv 2403.07134, Algorithms 1 and 2; released code AozhongZhang/COMQ (fecf9ea).
 Written on H = X Xᵀ, which is exactly equivalent to the paper's form on X and independent of the token count.
-Configurations: `comq_release` is the released code (λ scales the finished grid, scales never updated, first sweep from
-the float weights, inputs of the float model); `comq_paper` is Algorithm 2 (scales updated after each sweep; the paper's K
-and λ are not known to us); `comq` is ours: λ chosen per row by the objective, error feedback as the start and as a
-further candidate after each scale update, sweeps until the objective stalls.
+Configurations: `comq_release` is the released code (λ scales the finished grid, scales never updated, first
+sweep from the float weights, inputs of the float model); `comq_paper` is Algorithm 2 (scales updated after
+each sweep; the paper's K and λ are not known to us); `comq` is ours: λ chosen per row by the objective, error
+feedback as the start and as a further candidate after each scale update, sweeps until the objective stalls.
 """
 
 from __future__ import annotations
@@ -49,11 +49,15 @@ class COMQ:
 
     def __post_init__(self) -> None:
         if self.sweeps < 1 or self.block_size < 1:
-            raise InputError(f"sweeps and block_size must be at least 1; got {self.sweeps} and {self.block_size}")
+            raise InputError(
+                f"sweeps and block_size must be at least 1; got {self.sweeps} and {self.block_size}"
+            )
         if not self.shrink or min(self.shrink) <= 0:
             raise InputError(f"shrink needs one positive factor or more; got {self.shrink}")
         if self.damping < 0 or self.tolerance < 0:
-            raise InputError(f"damping and tolerance must not be negative; got {self.damping} and {self.tolerance}")
+            raise InputError(
+                f"damping and tolerance must not be negative; got {self.damping} and {self.tolerance}"
+            )
 
     def quantize_layer(
         self, problem: LayerProblem, grid: GridSpec, bits: float, group_size: int | None
@@ -100,7 +104,9 @@ class Solution:
         return float(self.error.sum())
 
     def or_better(self, other: Solution) -> Solution:
-        """This solution with the rows of `other` where they have less error (all rows at once on a shared grid)."""
+        """This solution with the rows of `other` where they have less error (all rows at once on a shared
+        grid).
+        """
         if self.grid.shared:
             return other if other.total() < self.total() else self
         better = other.error < self.error

@@ -35,7 +35,10 @@ class GPTQ:
         if self.damping < 0:
             raise InputError(f"damping must not be negative; got {self.damping}")
         if self.refit_groups and self.act_order:
-            raise InputError("refit_groups needs act_order=false: with act_order the columns of a group are not met together")
+            raise InputError(
+                "refit_groups needs act_order=false: "
+                "with act_order the columns of a group are not met together"
+            )
 
     def quantize_layer(
         self, problem: LayerProblem, grid: GridSpec, bits: float, group_size: int | None

@@ -1,4 +1,6 @@
-"""RTN: round to nearest. The baseline of every table: fit a grid to the weights, round each weight by itself."""
+"""RTN: round to nearest. The baseline of every table: fit a grid to the weights, round each weight by
+itself.
+"""
 
 from __future__ import annotations
 

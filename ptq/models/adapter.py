@@ -1,4 +1,6 @@
-"""What a model is to ptq: a forward pass, blocks, and the layers that can be quantized, all found by type, not by name."""
+"""What a model is to ptq: a forward pass, blocks, and the layers that can be quantized, all found by type,
+not by name.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ CONTAINERS = (nn.Sequential, nn.ModuleList)
 
 @dataclass(kw_only=True)
 class Preprocessing:
-    """How pixels become model input: resize the short side, crop the centre, scale to 0..1, normalise per channel."""
+    """How pixels become model input: resize the short side, crop the centre, scale to 0..1, normalise per
+    channel.
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -47,7 +51,8 @@ class ModelAdapter:
     module: nn.Module
     task: str  # "classification" | "language_modeling" | "any" (no evaluation)
     forward: Callable[[nn.Module, Any], Tensor]
-    skip: dict[str, str] = field(default_factory=dict)  # layer name → reason it stays float unless bits say otherwise
+    # layer name → reason it stays float unless bits say otherwise
+    skip: dict[str, str] = field(default_factory=dict)
     head: str | None = None  # the layer that gives the output, when it is known by name
     preprocessing: Preprocessing | None = None  # images only
     class_names: list[str] | None = None  # images only: synset or class name per index, when known
@@ -66,9 +71,11 @@ class ModelAdapter:
 
 
 def find_blocks(module: nn.Module, prefix: str = "") -> list[str]:
-    """Names of sub-modules that sit in a Sequential or ModuleList, hold ≥ 2 quantizable layers and no such part inside.
+    """Names of sub-modules that sit in a Sequential or ModuleList, hold ≥ 2 quantizable layers and no such
+    part inside.
 
-    Finds residual blocks, Fire modules, inverted residuals, encoder and decoder layers without knowing any architecture.
+    Finds residual blocks, Fire modules, inverted residuals, encoder and decoder layers without knowing any
+    architecture.
     """
     blocks: list[str] = []
     for child_name, child in module.named_children():
@@ -85,7 +92,9 @@ def find_blocks(module: nn.Module, prefix: str = "") -> list[str]:
 
 
 def load_state_strictly(module: nn.Module, state: dict[str, Tensor], source: Path | str) -> None:
-    """Load `state` into `module`; raise one InputError that names every missing, extra or wrongly shaped tensor."""
+    """Load `state` into `module`; raise one InputError that names every missing, extra or wrongly shaped
+    tensor.
+    """
     expected = module.state_dict()
     # an older file may lack BatchNorm's batch counter, which no forward pass in eval mode reads
     missing = sorted(k for k in expected.keys() - state.keys() if not k.endswith("num_batches_tracked"))
@@ -102,12 +111,16 @@ def load_state_strictly(module: nn.Module, state: dict[str, Tensor], source: Pat
         raise InputError(f"checkpoint {source} does not fit {type(module).__name__}: " + " | ".join(parts))
     bad = [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]
     if bad:
-        raise InputError(f"checkpoint {source} holds NaN or infinity in: {', '.join(bad)}; use a sound checkpoint")
+        raise InputError(
+            f"checkpoint {source} holds NaN or infinity in: {', '.join(bad)}; use a sound checkpoint"
+        )
     module.load_state_dict(state, strict=False)
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Tensors of a .safetensors file, or of a PyTorch file that holds plain tensors only (never unpickled)."""
+    """Tensors of a .safetensors file, or of a PyTorch file that holds plain tensors only (never
+    unpickled).
+    """
     if not path.is_file():
         raise InputError(f"checkpoint not found: {path}; give the path of a .safetensors or .pth file")
     if path.suffix == ".safetensors":

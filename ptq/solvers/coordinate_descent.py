@@ -1,13 +1,16 @@
-"""Coordinate descent on the codes: each weight in turn takes the grid value that is best given all the others.
+"""Coordinate descent on the codes: each weight in turn takes the grid value that is best given all the
+others.
 
-Sources: COMQ (arXiv 2403.07134), section 3 of whose algorithm is written on X; this is the identical update on H
+Sources: COMQ (arXiv 2403.07134), section 3 of whose algorithm is written on X; this is the identical
+update on H
 (also QuantEase, arXiv 2309.01885). With R = T − Ŵ and G = R H the one-dimensional minimiser at column i is
 t = ŵ_i + G_i / H_ii, and the best admissible value is the grid value nearest to t, on any grid.
 
-Work is blocked: inside a block of B columns only the block's part of G is kept up to date, and one matrix product per
-block brings the rest up to date, so that a sweep costs about one product [out, in] × [in, in] (in / B of them when
-every row has its own order).
-Shapes: T, Ŵ, G [groups, out, in]; H [groups, in, in]. The fast path works on transposes, where a column is contiguous.
+Work is blocked: inside a block of B columns only the block's part of G is kept up to date, and one matrix
+product per block brings the rest up to date, so that a sweep costs about one product [out, in] × [in, in]
+(in / B of them when every row has its own order).
+Shapes: T, Ŵ, G [groups, out, in]; H [groups, in, in]. The fast path works on transposes, where a column is
+contiguous.
 """
 
 from __future__ import annotations
@@ -42,8 +45,8 @@ def coordinate_descent(
 ) -> Tensor:
     """Codes [groups, out, in] int16 after `sweeps` passes over all columns.
 
-    Starts from `codes`, or, as COMQ does, from the float weights themselves: then the first pass is a greedy error
-    feedback and only the later ones are descents. From codes on the grid no sweep raises the objective.
+    Starts from `codes`, or, as COMQ does, from the float weights themselves: then the first pass is a greedy
+    error feedback and only the later ones are descents. From codes on the grid no sweep raises the objective.
     """
     T = problem.T
     H = problem.H.to(T.dtype)
@@ -64,11 +67,20 @@ def coordinate_descent(
 def _inverse_diagonal(H: Tensor) -> Tensor:
     """1 / H_ii, and 0 for a dead input, whose weight then stays at its nearest grid value. [groups, in]"""
     diagonal = H.diagonal(dim1=-2, dim2=-1)
-    return torch.where(diagonal > 0, 1 / diagonal.clamp_min(torch.finfo(H.dtype).tiny), torch.zeros_like(diagonal))
+    return torch.where(
+        diagonal > 0, 1 / diagonal.clamp_min(torch.finfo(H.dtype).tiny), torch.zeros_like(diagonal)
+    )
 
 
 def _sweep_columns(
-    T: Tensor, H: Tensor, W_hat: Tensor, codes: Tensor, grid: Grid, visit: Tensor, sweeps: int, block_size: int
+    T: Tensor,
+    H: Tensor,
+    W_hat: Tensor,
+    codes: Tensor,
+    grid: Grid,
+    visit: Tensor,
+    sweeps: int,
+    block_size: int,
 ) -> Tensor:
     columns = visit.tolist()
     T, W_hat, codes = (x[..., visit].mT.contiguous() for x in (T, W_hat, codes))  # [groups, in, out]
@@ -96,7 +108,14 @@ def _sweep_columns(
 
 
 def _sweep_rows(
-    T: Tensor, H: Tensor, W_hat: Tensor, codes: Tensor, grid: Grid, visits: Tensor, sweeps: int, block_size: int
+    T: Tensor,
+    H: Tensor,
+    W_hat: Tensor,
+    codes: Tensor,
+    grid: Grid,
+    visits: Tensor,
+    sweeps: int,
+    block_size: int,
 ) -> None:
     """Every row in its own order; W_hat and codes are changed in place."""
     groups, out, in_features = T.shape
@@ -130,7 +149,9 @@ def _sweep_rows(
 
 
 def _round_rows(grid: Grid, t: Tensor, column: Tensor, rows: slice, out: int) -> tuple[Tensor, Tensor]:
-    """`round_column` for a slice of the rows: grids know all their rows, so the slice is padded when it is not whole."""
+    """`round_column` for a slice of the rows: grids know all their rows, so the slice is padded when it is
+    not whole.
+    """
     if rows.stop - rows.start == out:
         return grid.round_column(t, column)
     whole_t, whole_column = t.new_zeros(t.shape[0], out), column.new_zeros(t.shape[0], out)

@@ -1,4 +1,5 @@
-"""Error feedback (OPTQ): round one input column at a time and spread its error over the columns not yet rounded.
+"""Error feedback (OPTQ): round one input column at a time and spread its error over the columns not yet
+rounded.
 
 Source: Frantar et al., arXiv 2210.17323, Algorithm 1, and the released code for act-order and groups.
 Differs: H is divided by the token count and has no factor 2; damping is relative to H, so Ŵ is the same.
@@ -20,7 +21,9 @@ from ptq.problem import LayerProblem
 
 @dataclass(kw_only=True)
 class Feedback:
-    """What error feedback needs of H: the visiting order and the factor, computed once for any number of grids."""
+    """What error feedback needs of H: the visiting order and the factor, computed once for any number of
+    grids.
+    """
 
     visit: Tensor  # [groups, in] input columns in the order they are rounded
     U: Tensor  # [groups, in, in] upper, (H + d I)⁻¹ = Uᵀ U in that order
@@ -52,8 +55,8 @@ def error_feedback(
 ) -> tuple[Tensor, Grid]:
     """Codes [groups, out, in] int16 and the grid they are on.
 
-    With `fit_unit` the parameters of each group of `group_size` inputs are found from the partly compensated weights
-    [groups, out, group] when the sweep reaches the group; this needs the natural order.
+    With `fit_unit` the parameters of each group of `group_size` inputs are found from the partly compensated
+    weights [groups, out, group] when the sweep reaches the group; this needs the natural order.
     """
     T, visit, U = problem.T, feedback.visit, feedback.U
     groups, out, in_features = T.shape
@@ -66,7 +69,8 @@ def error_feedback(
         reached = W[:, start:stop].clone()
         for j in range(start, stop):
             if fit_unit is not None and group_size is not None and j % group_size == 0:
-                # as released: with the errors of all earlier blocks spread in, but not yet those of this block
+                # as released: with the errors of all earlier blocks spread in,
+                # but not yet those of this block
                 unit = torch.cat([reached[:, j - start :], W[:, stop:]], 1)[:, :group_size]
                 grid = grid.replace_unit(j // group_size, fit_unit(unit.mT.contiguous()))
             column = shared_visit[j] if shared_visit else visit[:, j : j + 1].expand(-1, out)
@@ -81,7 +85,8 @@ def error_feedback(
 
 
 def inverse_factor(H: Tensor, damping: float, name: str) -> Tensor:
-    """U upper with (H + d I)⁻¹ = Uᵀ U in float64, d = damping · mean diag H, ten times more where that does not factorise.
+    """U upper with (H + d I)⁻¹ = Uᵀ U in float64, d = damping · mean diag H, ten times more where that does
+    not factorise.
 
     A dead input (zero row and column) is uncoupled from the rest, so its weight is simply rounded.
     """

@@ -20,7 +20,9 @@ def random_weights(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("name", GRIDS)
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8, 12])
 @pytest.mark.parametrize("group_size", [None, 5, 1], ids=["row", "ragged", "one"])
-def test_values_come_back_exactly_and_through_storage(choice, name: str, bits: int, group_size: int | None) -> None:
+def test_values_come_back_exactly_and_through_storage(
+    choice, name: str, bits: int, group_size: int | None
+) -> None:
     W = random_weights(2, 7, 13).float()
     grid = choice("grid", name).fit(W, bits, group_size, torch.eye(13).expand(2, -1, -1))
     codes = grid.round(W)
@@ -44,7 +46,9 @@ def test_error_is_at_most_half_a_step_inside_the_range(choice, bits: int) -> Non
     error = (W - grid.values(grid.round(W))).abs()
     # the zero point is rounded, so one end may lie half a step outside
     assert float((error / grid.scale).max()) <= 1.0
-    inside = (W >= grid.values(torch.full_like(W, grid.code_min))) & (W <= grid.values(torch.full_like(W, grid.code_max)))
+    lowest = grid.values(torch.full_like(W, grid.code_min))
+    highest = grid.values(torch.full_like(W, grid.code_max))
+    inside = (lowest <= W) & (highest >= W)
     assert float((error / grid.scale)[inside].max()) <= 0.5 + 1e-6
 
 
@@ -94,7 +98,9 @@ def test_percentile_leaves_the_tails_outside(choice) -> None:
 
 @pytest.mark.parametrize("name", ["affine", "affine_float", "symmetric", "affine_release"])
 @pytest.mark.parametrize("group_size", [None, 4, 7], ids=["row", "four", "ragged"])
-def test_refit_is_least_squares_and_never_raises_the_objective(choice, name: str, group_size: int | None) -> None:
+def test_refit_is_least_squares_and_never_raises_the_objective(
+    choice, name: str, group_size: int | None
+) -> None:
     problem = random_problem(5, 18, groups=2)
     grid = choice("grid", name, parameter_bits=32).fit(problem.W, 3, group_size)
     codes = grid.round(problem.W)
@@ -110,7 +116,9 @@ def test_refit_is_least_squares_and_never_raises_the_objective(choice, name: str
                 q = q - grid._columns(grid.zero_point)[g, row].expand(18)
             unit = torch.arange(18) // (group_size or 18)
             basis = [q * (unit == u) for u in range(int(unit[-1]) + 1)]
-            basis += [(unit == u).double() for u in range(int(unit[-1]) + 1)] if grid.offset is not None else []
+            basis += (
+                [(unit == u).double() for u in range(int(unit[-1]) + 1)] if grid.offset is not None else []
+            )
             A = L[g].T @ torch.stack(basis, 1)
             b = L[g].T @ problem.W[g, row]
             residual = b - A @ torch.linalg.lstsq(A, b[:, None], driver="gelsd").solution[:, 0]
@@ -142,7 +150,9 @@ def test_a_tensor_grid_has_one_scale(choice) -> None:
 @pytest.mark.parametrize("constant", [0.0, 0.37, -2.0])
 def test_constant_rows_are_exact(choice, zero: Zero, constant: float) -> None:
     W = torch.full((1, 3, 8), constant)
-    grid = choice("grid", "affine", zero=zero.value, include_zero=zero is not Zero.float, parameter_bits=32).fit(W, 4)
+    grid = choice(
+        "grid", "affine", zero=zero.value, include_zero=zero is not Zero.float, parameter_bits=32
+    ).fit(W, 4)
     error = (W - grid.values(grid.round(W))).abs().max()
     # a symmetric grid has no level at its upper end, so it is exact to half a step only
     assert float(error) <= (abs(constant) / 14 if zero is Zero.none else abs(constant) * 1e-6)

@@ -21,7 +21,12 @@ GOLDEN_COMQ = [
 ]
 GOLDEN_GPTQ = [
     (group_size, act_order, mse, bits)
-    for group_size, act_order, mse in ((-1, False, False), (-1, True, False), (-1, True, True), (32, False, False))
+    for group_size, act_order, mse in (
+        (-1, False, False),
+        (-1, True, False),
+        (-1, True, True),
+        (32, False, False),
+    )
     for bits in (4, 3, 2)
 ]
 
@@ -31,7 +36,9 @@ def method_grid(name: str) -> str:
 
 
 @pytest.mark.parametrize(("order", "sweeps", "shrink", "bits"), GOLDEN_COMQ)
-def test_comq_release_gives_the_golden_codes(choice, golden: Golden, order: str, sweeps: int, shrink: float, bits: int) -> None:
+def test_comq_release_gives_the_golden_codes(
+    choice, golden: Golden, order: str, sweeps: int, shrink: float, bits: int
+) -> None:
     method = choice("method", "comq_release", order=order, sweeps=sweeps, shrink=[shrink])
     codes, grid = method.quantize_layer(golden.problem, choice("grid", "affine_release"), bits, None)
     stored = golden.results[f"comq|order={order},sweeps={sweeps},lambda={shrink}|{bits}"]
@@ -40,7 +47,9 @@ def test_comq_release_gives_the_golden_codes(choice, golden: Golden, order: str,
 
 
 @pytest.mark.parametrize(("group_size", "act_order", "mse", "bits"), GOLDEN_GPTQ)
-def test_gptq_error_equals_the_golden_one(choice, golden: Golden, group_size: int, act_order: bool, mse: bool, bits: int) -> None:
+def test_gptq_error_equals_the_golden_one(
+    choice, golden: Golden, group_size: int, act_order: bool, mse: bool, bits: int
+) -> None:
     method = choice("method", "gptq_paper", act_order=act_order, refit_groups=group_size > 0)
     grid = choice("grid", "affine", range="l2_4" if mse else "min_max", parameter_bits=32)
     codes, fitted = method.quantize_layer(golden.problem, grid, bits, None if group_size < 0 else group_size)
@@ -50,7 +59,9 @@ def test_gptq_error_equals_the_golden_one(choice, golden: Golden, group_size: in
 
 @pytest.mark.parametrize("bits", [4, 3, 2])
 def test_our_comq_is_close_to_decoupleq_and_ahead_of_gptq(choice, golden: Golden, bits: int) -> None:
-    codes, grid = choice("method", "comq").quantize_layer(golden.problem, choice("grid", "affine_float"), bits, None)
+    codes, grid = choice("method", "comq").quantize_layer(
+        golden.problem, choice("grid", "affine_float"), bits, None
+    )
     error = golden.error(grid.values(codes)[0])
     for key in ("level1,rounds=4,M=50,K=50", "level2,rounds=4"):
         assert error <= 1.05 * golden.error(golden.results[f"decoupleq|group_size=-1,rounding={key}|{bits}"])
@@ -102,7 +113,10 @@ def test_every_grid_under_every_method(choice, name: str, grid_name: str) -> Non
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("case", ["zero inputs", "one zero input", "constant rows", "zero weights", "one row", "one column", "one each"])
+@pytest.mark.parametrize(
+    "case",
+    ["zero inputs", "one zero input", "constant rows", "zero weights", "one row", "one column", "one each"],
+)
 def test_odd_layers_work(choice, name: str, case: str) -> None:
     out, inputs = {"one row": (1, 12), "one column": (5, 1), "one each": (1, 1)}.get(case, (5, 12))
     base = random_problem(out, inputs, dtype=torch.float32)

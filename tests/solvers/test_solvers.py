@@ -16,7 +16,9 @@ from tests.conftest import random_problem
 
 
 def plain_coordinate_descent(problem: LayerProblem, grid, visits: Tensor, sweeps: int) -> Tensor:
-    """The textbook loop: one row and one coordinate at a time, the residual recomputed from scratch each time."""
+    """The textbook loop: one row and one coordinate at a time, the residual recomputed from scratch each
+    time.
+    """
     W_hat, codes = problem.T.clone(), torch.zeros_like(problem.T)
     groups, out, inputs = problem.T.shape
     for g in range(groups):
@@ -38,19 +40,27 @@ def plain_coordinate_descent(problem: LayerProblem, grid, visits: Tensor, sweeps
 
 
 @pytest.mark.parametrize("order", list(Order), ids=lambda o: o.value)
-@pytest.mark.parametrize(("groups", "out", "inputs"), [(1, 5, 13), (3, 2, 7), (4, 1, 9)], ids=["plain", "grouped", "depthwise"])
-def test_coordinate_descent_equals_the_plain_loop(choice, order: Order, groups: int, out: int, inputs: int) -> None:
+@pytest.mark.parametrize(
+    ("groups", "out", "inputs"), [(1, 5, 13), (3, 2, 7), (4, 1, 9)], ids=["plain", "grouped", "depthwise"]
+)
+def test_coordinate_descent_equals_the_plain_loop(
+    choice, order: Order, groups: int, out: int, inputs: int
+) -> None:
     problem = random_problem(out, inputs, groups=groups)
     grid = choice("grid", "affine", parameter_bits=32).fit(problem.W, 3, 4)
     diagonal = problem.H.diagonal(dim1=-2, dim2=-1)
     visits = {
         Order.natural: torch.arange(inputs).expand(groups, out, -1),
-        Order.greedy: (diagonal.sqrt()[:, None] * problem.W.abs()).argsort(dim=-1, descending=True, stable=True),
+        Order.greedy: (diagonal.sqrt()[:, None] * problem.W.abs()).argsort(
+            dim=-1, descending=True, stable=True
+        ),
         Order.shared: diagonal.sum(0).argsort(dim=-1, descending=True, stable=True).expand(groups, out, -1),
     }[order]
     expected = plain_coordinate_descent(problem, grid, visits, 2)
     for block_size in (1, 4, 64):
-        assert torch.equal(coordinate_descent(problem, grid, sweeps=2, order=order, block_size=block_size), expected)
+        assert torch.equal(
+            coordinate_descent(problem, grid, sweeps=2, order=order, block_size=block_size), expected
+        )
 
 
 @pytest.mark.parametrize("order", list(Order), ids=lambda o: o.value)
@@ -90,7 +100,9 @@ def test_block_size_does_not_change_error_feedback(choice, groups: int, act_orde
 
 
 def test_error_feedback_by_its_definition(choice) -> None:
-    """Rounding column j, then the best float values for all later columns given the earlier ones (OBQ's meaning)."""
+    """Rounding column j, then the best float values for all later columns given the earlier ones (OBQ's
+    meaning).
+    """
     problem = random_problem(3, 6)
     grid = choice("grid", "affine_float").fit(problem.W, 2)
     codes, _ = error_feedback(problem, grid, prepare(problem, damping=0.0, act_order=False))
@@ -119,11 +131,13 @@ def test_dead_inputs_are_rounded_and_leave_the_rest_alone(choice) -> None:
     small = LayerProblem("small", problem.W[..., keep], H[:, keep][:, :, keep])
     reduced = choice("grid", "affine").fit(problem.W, 3)
     reduced.in_features = 9
-    assert torch.equal(coordinate_descent(small, reduced, sweeps=2), coordinate_descent(dead, grid, sweeps=2)[..., keep])
+    assert torch.equal(
+        coordinate_descent(small, reduced, sweeps=2), coordinate_descent(dead, grid, sweeps=2)[..., keep]
+    )
 
 
 def test_a_gram_that_is_not_positive_definite_is_said(choice) -> None:
     problem = LayerProblem("flat", torch.ones(2, 4).double(), torch.ones(4, 4).double())
-    with pytest.raises(InputError, match="flat.*damping=0"):
+    with pytest.raises(InputError, match=r"flat.*damping=0"):
         prepare(problem, damping=0.0, act_order=False)
     prepare(problem, damping=0.01, act_order=False)
