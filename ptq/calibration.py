@@ -47,6 +47,7 @@ class Calibration:
     # random positions of each image kept for a convolution's Gram; null = all
     positions_per_image: int | None
     target_damping: float  # ridge of the float-path target, as a fraction of H's mean diagonal
+    reestimate_batchnorm: bool  # at the end, on the calibration samples as they are: without augmentation
 
     def __post_init__(self) -> None:
         if self.num_samples < 1:

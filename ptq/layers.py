@@ -161,7 +161,8 @@ def quantized_layer(layer: nn.Module, grid: Grid, codes: Tensor) -> QuantizedLay
     facts["geometry"] = geometry(layer)
     bias = layer.bias
     assert bias is None or isinstance(bias, Tensor)
-    return QuantizedLayer(tensors, facts, bias)
+    quantized = QuantizedLayer(tensors, facts, bias)
+    return quantized.train(layer.training)
 
 
 def geometry(layer: nn.Module) -> dict[str, Any]:
@@ -191,9 +192,3 @@ def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` where `name` (dotted) points in `root`."""
     parent, _, child = name.rpartition(".")
     setattr(root.get_submodule(parent), child, module)
-
-
-def empty_quantized_layer(facts: dict[str, Any], tensors: dict[str, Tensor], bias: bool) -> QuantizedLayer:
-    """A layer to load saved tensors into: buffers and bias of the right shapes."""
-    shape = facts["geometry"].get("out_channels", facts["geometry"].get("out_features"))
-    return QuantizedLayer(tensors, facts, torch.zeros(shape) if bias else None)

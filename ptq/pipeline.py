@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ptq.allocation import Bits
+from ptq.batchnorm import reestimate
 from ptq.calibration import Calibration, GramAccumulator, Inputs, NoCalibration, Target
 from ptq.errors import InputError
 from ptq.grids.grid import Grid
@@ -384,6 +385,10 @@ class _Walk:
             else:
                 inputs.clear()
         bar.close()
+        if isinstance(self.calibration, Calibration) and self.calibration.reestimate_batchnorm:
+            started = time.perf_counter()
+            reestimate(self.adapter, self.batches)
+            self.report.seconds["reestimate_batchnorm"] = time.perf_counter() - started
         return self.report
 
     def _roles(self) -> list[tuple[str, nn.Module]]:
