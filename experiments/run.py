@@ -24,7 +24,8 @@ def job(config: DictConfig) -> dict[str, object]:
     if single and record["status"] == "failed":
         error = record["error"]
         assert isinstance(error, dict)
-        print(error["traceback"] or f"ptq-run: error: {error['message']}", file=sys.stderr)
+        if error["traceback"]:  # wrong input has said what it is already
+            print(error["traceback"], file=sys.stderr)
         sys.exit(1)
     return record
 
