@@ -19,7 +19,11 @@ def job(config: DictConfig) -> dict[str, object]:
     """One job, in the process that the launcher gives it."""
     hydra_config = HydraConfig.get()
     chosen = hydra_config.runtime.choices
-    record = run(config, {group: chosen[group] for group in GROUPS if chosen.get(group)})
+    try:
+        record = run(config, {group: chosen[group] for group in GROUPS if chosen.get(group)})
+    except InputError as error:  # no record could be written, or none was asked for
+        print(f"ptq-run: error: {error}", file=sys.stderr)
+        sys.exit(1)
     single = hydra_config.mode is not None and hydra_config.mode.name == "RUN"
     if single and record["status"] == "failed":
         error = record["error"]

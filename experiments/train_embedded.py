@@ -86,7 +86,7 @@ def train_topics_llama() -> object:
     """Train and write the embedded language model."""
     from experiments import train_topics
 
-    return train_topics.train()
+    return train_topics.train(WEIGHTS_DIR / "topics_llama.safetensors")
 
 
 TRAINERS = {

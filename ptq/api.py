@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,10 +97,17 @@ def quantize_model(
     of a method given by name.
     """
     solver, spec = _method_and_grid(method, grid, overrides)
+    if isinstance(calibration, Tensor):
+        raise InputError(
+            "calibration must be an iterable of batches, not one Tensor: pass [tensor] or tensor.split(n)"
+        )
     batches = list(calibration)
-    adapter = ModelAdapter(
-        name=type(model).__name__, module=copy.deepcopy(model).eval(), task="any", forward=_call
-    )
+    student = copy.deepcopy(model).eval()
+    config: Any = getattr(student, "config", None)
+    cached = getattr(config, "use_cache", None)
+    if cached:  # a key-value cache would grow with each replay of a block
+        config.use_cache = False
+    adapter = ModelAdapter(name=type(model).__name__, module=student, task="any", forward=_call)
     own = next((p.device for p in model.parameters()), torch.device("cpu"))
     where = own if device is None else device
     with isolated_seed(seed):
@@ -117,7 +124,9 @@ def quantize_model(
             seed=seed,
             progress=progress,
         )
-    return adapter.module, report
+    if cached:
+        config.use_cache = cached
+    return student, report
 
 
 def _method_and_grid(
@@ -150,6 +159,6 @@ def _bits(bits: float | str | Bits, group_size: int | None, skip: list[str]) -> 
 
 
 def _call(module: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         return module(**batch)
     return module(*batch) if isinstance(batch, (tuple, list)) else module(batch)

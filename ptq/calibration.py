@@ -59,6 +59,8 @@ class Calibration:
                 "calibration.positions_per_image must be at least 1, or null for all; "
                 f"got {self.positions_per_image}"
             )
+        if self.target_damping < 0:
+            raise InputError(f"calibration.target_damping must not be negative; got {self.target_damping}")
         if self.target is Target.float_path and self.inputs is Inputs.float:
             raise InputError(
                 "calibration.target=float_path needs calibration.inputs=quantized: "

@@ -19,7 +19,7 @@ from torch import nn
 
 from ptq.config import build
 from ptq.errors import InputError
-from ptq.layers import QuantizedLayer, replace_module
+from ptq.layers import QuantizedLayer, names_of, replace_module
 from ptq.models.adapter import load_state_strictly
 
 FORMAT = 1
@@ -77,8 +77,18 @@ def load(directory: Path | str, module: nn.Module | None = None) -> nn.Module:
         raise InputError(f"{directory} has layers that the model lacks: {', '.join(strangers)}")
     for name, facts in content["layers"].items():
         tensors = {k.removeprefix(f"{name}."): t for k, t in packed.items() if k.rpartition(".")[0] == name}
-        bias = rest.get(f"{name}.bias")
-        replace_module(module, name, QuantizedLayer(tensors, facts, bias))
+        layer, bias = known[name], rest.get(f"{name}.bias")
+        device = next((p.device for p in layer.parameters()), torch.device("cpu"))
+        quantized = QuantizedLayer(tensors, facts, bias).to(device)
+        for alias in names_of(module, layer):
+            replace_module(module, alias, quantized)
+    types = {k: t.dtype for k, t in module.state_dict().items()}
+    other = [k for k, t in rest.items() if k in types and types[k] != t.dtype]
+    if other:
+        raise InputError(
+            f"{directory} holds {rest[other[0]].dtype} tensors, the given model {types[other[0]]}: "
+            f"{', '.join(other[:5])}; load the float model in the saved type"
+        )
     load_state_strictly(module, {**packed, **rest}, directory)
     return module.eval()
 

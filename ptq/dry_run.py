@@ -97,12 +97,20 @@ def _trace(parts: Parts, module: nn.Module, batch: Tensor) -> tuple[dict[str, in
         return module.get_submodule(name).register_forward_pre_hook(hook)
 
     handles = [note(name) for name in plan.layers()]
+    _synchronize(parts)
     started = time.perf_counter()
     parts.adapter.forward(module, batch)
+    _synchronize(parts)
     seconds = time.perf_counter() - started
     for handle in handles:
         handle.remove()
     return elements, seconds, plan
+
+
+def _synchronize(parts: Parts) -> None:
+    """Wait for a GPU, whose work a clock would miss otherwise."""
+    if parts.device.type == "cuda":
+        torch.cuda.synchronize(parts.device)
 
 
 def _gram_seconds(
@@ -111,9 +119,11 @@ def _gram_seconds(
     """Time of all Gram products from their operation count and the measured speed of one of them."""
     A = torch.randn(4096, 256, device=parts.device)
     A.mT @ A
+    _synchronize(parts)
     started = time.perf_counter()
     for _ in range(8):
         A.mT @ A
+    _synchronize(parts)
     rate = 8 * 4096 * 256**2 / (time.perf_counter() - started)
     total = 0.0
     limit = parts.calibration.positions_per_image if isinstance(parts.calibration, Calibration) else None
@@ -145,4 +155,5 @@ def _solve_seconds(parts: Parts, allocation: dict[str, float | None], work: dict
     assert width is not None
     started = time.perf_counter()
     parts.method.quantize_layer(problem, parts.grid, width, parts.bits.group_size)
+    _synchronize(parts)
     return (time.perf_counter() - started) * sum(work.values()) / work[name]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ptq.grids.grid import Grid
-from ptq.models.adapter import QUANTIZABLE
+from ptq.models.adapter import is_quantizable
 
 
 def weight_matrix(layer: nn.Module) -> Tensor:
@@ -141,6 +141,14 @@ class QuantizedLayer(nn.Module):
             return values.reshape(self.out_channels, -1, *self.kernel_size)
         return values[0] if geometry["kind"] == "linear" else values[0].t()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
+        """Packed tensors follow the module to a device, not to another type: `.half()` spares the scales."""
+        before = self.packed
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            self._buffers[name] = tensor.to(self.get_buffer(name).device)
+        return self
+
     def forward(self, x: Tensor) -> Tensor:
         weight, geometry = self.weight.to(x.dtype), self.facts["geometry"]
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -167,6 +175,8 @@ def quantized_layer(layer: nn.Module, grid: Grid, codes: Tensor) -> QuantizedLay
 
 def geometry(layer: nn.Module) -> dict[str, Any]:
     """What a layer is besides its weight and bias, as JSON."""
+    if not is_quantizable(layer):
+        raise TypeError(f"{type(layer).__name__} is not a layer that can be quantized")
     if isinstance(layer, nn.Conv2d):
         return {
             "kind": "conv2d",
@@ -179,8 +189,6 @@ def geometry(layer: nn.Module) -> dict[str, Any]:
             "padding": _padding(layer),
             "padding_mode": layer.padding_mode,
         }
-    if not isinstance(layer, QUANTIZABLE):
-        raise TypeError(f"{type(layer).__name__} is not a layer that can be quantized")
     weight = layer.weight
     assert isinstance(weight, Tensor)
     if isinstance(layer, nn.Linear):
@@ -192,3 +200,8 @@ def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` where `name` (dotted) points in `root`."""
     parent, _, child = name.rpartition(".")
     setattr(root.get_submodule(parent), child, module)
+
+
+def names_of(root: nn.Module, module: nn.Module) -> list[str]:
+    """Every dotted name under which `root` holds `module`: a shared layer has several."""
+    return [name for name, m in root.named_modules(remove_duplicate=False) if m is module]

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -25,9 +26,9 @@ from ptq.batchnorm import reestimate
 from ptq.calibration import Calibration, GramAccumulator, Inputs, NoCalibration, Target
 from ptq.errors import InputError
 from ptq.grids.grid import Grid
-from ptq.layers import quantized_layer, replace_module, weight_matrix
+from ptq.layers import names_of, quantized_layer, replace_module, weight_matrix
 from ptq.methods.method import GridSpec, LayerMethod
-from ptq.models.adapter import ModelAdapter
+from ptq.models.adapter import QUANTIZABLE, ModelAdapter
 from ptq.problem import LayerProblem
 
 
@@ -148,6 +149,8 @@ def skipped_parameters(
             reason = "its forward is never called, so no input of it is known"
         elif owner_name in layers:
             reason = "left out by bits.skip"
+        elif isinstance(owner, QUANTIZABLE):
+            reason = f"{type(owner).__name__} computes more than the layer it derives from"
         else:
             reason = f"{leaf} of a {type(owner).__name__}: not a Linear, Conv2d or Conv1D weight"
         skipped.append({"name": name, "shape": list(parameter.shape), "reason": reason})
@@ -156,8 +159,12 @@ def skipped_parameters(
 
 def allocate(adapter: ModelAdapter, plan: Plan, bits: Bits) -> dict[str, float | None]:
     """Bits per reached layer in order of execution, None where it stays float."""
-    allocation = bits.allocate(plan.layers(), [*plan.first, *plan.last])
-    return {name: None if name in adapter.skip else width for name, width in allocation.items()}
+    for pattern in bits.layers:
+        for name in adapter.skip:
+            if fnmatchcase(name, pattern):
+                raise InputError(f"bits.layers names {name!r}, which stays float: {adapter.skip[name]}")
+    allocation = bits.allocate([*plan.layers(), *adapter.skip], [*plan.first, *plan.last])
+    return {name: None if name in adapter.skip else allocation[name] for name in plan.layers()}
 
 
 class _StopError(Exception):
@@ -186,9 +193,11 @@ def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """`function` on every tensor of nested tuples, lists and dicts."""
     if isinstance(value, Tensor):
         return function(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a namedtuple takes its items one by one
+        return type(value)(*(_map(v, function) for v in value))
     if isinstance(value, (tuple, list)):
         return type(value)(_map(v, function) for v in value)
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {k: _map(v, function) for k, v in value.items()}
     return value
 
@@ -199,7 +208,7 @@ def _same(a: Any, b: Any) -> bool:
         return a is b or (a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b)))
     if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
         return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, dict) and isinstance(b, dict):
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
         return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
     return a is b or (type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b))
 
@@ -222,6 +231,11 @@ def _hooks(handles: Iterable[Any]) -> Iterator[None]:
 
 def _trace(adapter: ModelAdapter, batch: Any) -> Plan:
     module, layers, blocks = adapter.module, adapter.quantizable(), adapter.blocks()
+    if "" in layers:
+        raise InputError(f"the model is a bare {type(module).__name__}: wrap it in torch.nn.Sequential")
+    batch = (
+        batch[:2] if isinstance(batch, Tensor) else batch
+    )  # everything the pass produces is kept while it runs
     unit_of = {name: next((b for b in blocks if name.startswith(f"{b}.")), name) for name in layers}
     calls: dict[str, list[_Call]] = {}
     outputs: dict[str, tuple[Tensor, int] | None] = {}
@@ -470,7 +484,9 @@ class _Walk:
         W_hat = grid.values(codes)
         if not torch.isfinite(W_hat).all():
             raise InputError(f"layer {name!r}: quantized weights hold NaN or infinity")
-        replace_module(self.student, name, quantized_layer(layer, grid, codes).to(self.device))
+        quantized = quantized_layer(layer, grid, codes).to(self.device)
+        for alias in names_of(self.student, layer):
+            replace_module(self.student, alias, quantized)
         self.report.layers.append(
             LayerReport(
                 name=name,

@@ -52,7 +52,7 @@ class LayerProblem:
         self.name = name
         self.W = W
         self.H = H
-        self.T = W if C is None else float_path_target(W, H, C, damping)
+        self.T = W if C is None else float_path_target(name, W, H, C, damping)
 
     def error(self, W_hat: Tensor) -> Tensor:
         """Squared output error per row, [groups, out], in the units of the layer's output per token."""
@@ -65,7 +65,7 @@ class LayerProblem:
         return (float(self.error(W_hat).sum()) / energy) ** 0.5 if energy > 0 else 0.0
 
 
-def float_path_target(W: Tensor, H: Tensor, C: Tensor, damping: float) -> Tensor:
+def float_path_target(name: str, W: Tensor, H: Tensor, C: Tensor, damping: float) -> Tensor:
     """T [groups, out, in] = W (C + d I)(H + d I)⁻¹, d = damping · mean diag H; W itself where an input is
     dead.
     """
@@ -74,6 +74,11 @@ def float_path_target(W: Tensor, H: Tensor, C: Tensor, damping: float) -> Tensor
     mean = diagonal.mean(-1, keepdim=True)  # [groups, 1]
     d = torch.where(mean > 0, damping * mean, torch.ones_like(mean))
     eye = torch.eye(H.shape[-1], dtype=H.dtype, device=H.device) * d[..., None]
-    factor = torch.linalg.cholesky(H + eye)
+    factor, failed = torch.linalg.cholesky_ex(H + eye)
+    if failed.any():
+        raise InputError(
+            f"layer {name!r}: the float-path target needs more damping than {damping:g}, its inputs are "
+            "dependent; raise calibration.target_damping or take more samples"
+        )
     right_hand_side = (W.double() @ (C + eye)).mT  # [groups, in, out]
     return torch.cholesky_solve(right_hand_side, factor).mT.to(W.dtype).contiguous()

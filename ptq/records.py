@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 RECORD = "record.json"
-IGNORED = ("name", "output_dir", "tracker", "progress", "dry_run", "save_model", "rerun", "report", "choices")
+IGNORED = ("name", "output_dir", "tracker", "progress", "dry_run", "save_model", "rerun", "choices")
 
 
 def config_hash(config: dict[str, Any]) -> str:

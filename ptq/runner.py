@@ -99,6 +99,8 @@ def run(config: DictConfig, choices: dict[str, str]) -> dict[str, Any]:
         return {"status": "dry_run", "directory": str(directory)}
     _check_writable(directory)
     previous = None if settings.rerun else finished(directory, digest)
+    if previous is not None and settings.save_model and not (directory / "model" / "model.json").is_file():
+        previous = None
     if previous is not None:
         log.info("already done: %s", directory)
         return {**previous, "directory": str(directory)}
@@ -109,7 +111,6 @@ def run(config: DictConfig, choices: dict[str, str]) -> dict[str, Any]:
         "config_hash": digest,
         "seed": settings.seed,
         "versions": versions(),
-        "label": None,
     }
     try:
         with isolated_seed(settings.seed):

@@ -13,6 +13,8 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     first.
     """
     flat = codes.reshape(-1).to(torch.int64)
+    if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < 2**bits:
+        raise ValueError(f"codes from {int(flat.min())} to {int(flat.max())} do not fit in {bits} bits")
     if bits > 8:  # low bytes, then the rest
         return torch.cat([pack_codes(flat & 255, 8), pack_codes(flat >> 8, bits - 8)])
     count = flat.numel()

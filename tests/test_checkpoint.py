@@ -99,6 +99,16 @@ def test_what_cannot_be_loaded_is_named(mixed, tmp_path) -> None:
         ptq.load(folder, Mixed())
 
 
+def test_casting_the_model_spares_packed_tensors(mixed) -> None:
+    quantized, _ = ptq.quantize_model(mixed, [X], "rtn", bits=4)
+    before = {k: t.clone() for k, t in quantized.linear.packed.items()}
+    quantized.bfloat16()
+    assert quantized.norm.weight.dtype is torch.bfloat16
+    for name, tensor in quantized.linear.packed.items():
+        assert tensor.dtype is before[name].dtype
+        assert torch.equal(tensor, before[name])
+
+
 def test_dequantized_weights_in_half_precision(mixed) -> None:
     quantized, _ = ptq.quantize_model(mixed, [X], "rtn", bits=8)
     y = F.linear(torch.ones(1, 7), quantized.linear.weight)

@@ -208,3 +208,73 @@ def test_names_in_bits_must_exist(toy, choice) -> None:
 def test_a_model_without_layers_is_refused() -> None:
     with pytest.raises(InputError, match="no Linear, Conv2d or Conv1D"):
         ptq.quantize_model(nn.Sequential(nn.ReLU()), [torch.ones(2, 3)], "rtn", bits=4)
+
+
+class Standardised(nn.Linear):
+    """A layer that computes more than the class it derives from."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight - self.weight.mean(), self.bias)
+
+
+def test_layers_with_a_forward_of_their_own_stay_float() -> None:
+    module = nn.Sequential(Standardised(4, 4), nn.Linear(4, 2))
+    quantized, report = ptq.quantize_model(module, [torch.ones(3, 4)], "rtn", bits=4)
+    assert [layer.name for layer in report.layers] == ["1"]
+    assert "computes more" in report.skipped[0]["reason"]
+    assert isinstance(quantized[0], Standardised)
+
+
+def test_a_layer_under_two_names_is_replaced_under_both() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+            self.b = self.a
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.tanh(self.a(x)))
+
+    quantized, report = ptq.quantize_model(Tied(), [torch.ones(3, 4)], "rtn", bits=4)
+    assert quantized.a is quantized.b
+    assert isinstance(quantized.b, QuantizedLayer)
+    assert len(report.layers) == 1
+
+
+def test_models_of_transformers_with_a_cache_and_tokenizer_batches() -> None:
+    from transformers import BatchEncoding, LlamaConfig, LlamaForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=17,
+            hidden_size=8,
+            intermediate_size=12,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            attn_implementation="eager",
+        )
+        model = LlamaForCausalLM(config).eval()
+    assert model.config.use_cache
+    ids = torch.arange(16).reshape(2, 8)
+    batches = [BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)}) for _ in range(2)]
+    quantized, report = ptq.quantize_model(model, batches, "gptq", bits=8, settings="float_path")
+    assert quantized.config.use_cache
+    assert len(report.layers) == 15
+    with torch.no_grad():
+        expected = model(ids).logits
+        difference = (quantized(ids).logits - expected).abs().max()
+    assert float(difference) < 0.05 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("model", "calibration", "message"),
+    [
+        (nn.Linear(2, 2), [torch.ones(3, 2)], "bare Linear: wrap it"),
+        (nn.Sequential(nn.Linear(2, 2)), torch.ones(3, 2), "not one Tensor"),
+    ],
+    ids=["bare layer", "tensor"],
+)
+def test_calls_that_would_go_wrong_quietly(model: nn.Module, calibration, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ptq.quantize_model(model, calibration, "rtn", bits=4)

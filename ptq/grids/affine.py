@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from ptq.errors import InputError
-from ptq.grids.grid import check_bits, check_group_size
+from ptq.grids.grid import check_bits, check_group_size, code_dtype
 from ptq.storage import pack_codes, pack_parameter, unpack_codes, unpack_parameter
+
+FARTHEST_ZERO_POINT = 2**15 - 1  # what 16 bits hold
 
 
 class Zero(Enum):
@@ -143,6 +145,12 @@ class Affine:
         zero_point = offset = None
         if self.zero is Zero.integer:
             zero_point = torch.round(-low / scale)
+            far = zero_point.abs() > FARTHEST_ZERO_POINT
+            if far.any():  # a narrow range far from 0 has to hold it after all
+                low = torch.where(far, low.clamp_max(0), low)
+                high = torch.where(far, high.clamp_min(0), high)
+                scale = torch.where(far, (high - low) / (levels - 1), scale)
+                zero_point = torch.where(far, torch.round(-low / scale), zero_point)
         elif self.zero is Zero.float:
             offset = low
         return AffineGrid(
@@ -225,7 +233,7 @@ class AffineGrid:
     def round(self, W: Tensor) -> Tensor:
         shift = self._shift()
         x = (W if shift is None else W - self._columns(shift)) / self._columns(self.scale)
-        return x.round().clamp(self.code_min, self.code_max).to(torch.int16)
+        return x.round().clamp(self.code_min, self.code_max).to(code_dtype(self))
 
     def values(self, codes: Tensor) -> Tensor:
         x = codes.to(self.scale.dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol, Self
 
+import torch
 from torch import Tensor
 
 from ptq.errors import InputError
@@ -29,7 +30,7 @@ class Grid(Protocol):
         """The grid with all values multiplied by `factor`."""
 
     def round(self, W: Tensor) -> Tensor:
-        """Codes of the nearest values, [groups, out, in] int16."""
+        """Codes of the nearest values, [groups, out, in] of `code_dtype`."""
 
     def values(self, codes: Tensor) -> Tensor:
         """Ŵ [groups, out, in] in the parameters' dtype."""
@@ -53,6 +54,11 @@ class Grid(Protocol):
 
     def storage_bits(self, codes: Tensor) -> dict[str, int]:
         """{"codes": bits, "parameters": bits} that `storage` takes."""
+
+
+def code_dtype(grid: Grid) -> torch.dtype:
+    """int16 where the codes fit, else int32 (unsigned codes of 16 bits)."""
+    return torch.int16 if grid.code_max < 2**15 else torch.int32
 
 
 def check_bits(bits: float) -> int:

@@ -1,7 +1,4 @@
-"""What a method is: hyperparameters, and up to three hooks that the pipeline calls.
-
-Every hook is optional but one at least must exist. Only `quantize_layer` is needed by layer-wise methods.
-"""
+"""What a method is: a dataclass of hyperparameters with a hook that the pipeline calls for each layer."""
 
 from __future__ import annotations
 

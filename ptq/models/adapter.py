@@ -23,7 +23,16 @@ except ImportError:  # transformers is needed for language models only
 
 
 QUANTIZABLE = (nn.Linear, nn.Conv2d, Conv1D)
+FORWARDS = tuple(kind.forward for kind in QUANTIZABLE)
 CONTAINERS = (nn.Sequential, nn.ModuleList)
+
+
+def is_quantizable(module: nn.Module) -> bool:
+    """Whether a module is a Linear, Conv2d or Conv1D that computes just what its base class computes.
+
+    A subclass with a forward of its own (dynamic padding, standardised weights) is not, and stays float.
+    """
+    return isinstance(module, QUANTIZABLE) and type(module).forward in FORWARDS
 
 
 @dataclass(kw_only=True)
@@ -51,7 +60,7 @@ class ModelAdapter:
     module: nn.Module
     task: str  # "classification" | "language_modeling" | "any" (no evaluation)
     forward: Callable[[nn.Module, Any], Tensor]
-    # layer name → reason it stays float unless bits say otherwise
+    # layer name → reason it stays float
     skip: dict[str, str] = field(default_factory=dict)
     head: str | None = None  # the layer that gives the output, when it is known by name
     preprocessing: Preprocessing | None = None  # images only
@@ -63,7 +72,7 @@ class ModelAdapter:
 
     def quantizable(self) -> dict[str, nn.Module]:
         """Name → layer for every Linear, Conv2d and Conv1D of the model, in definition order."""
-        return {n: m for n, m in self.module.named_modules() if isinstance(m, QUANTIZABLE)}
+        return {n: m for n, m in self.module.named_modules() if is_quantizable(m)}
 
     def blocks(self) -> list[str]:
         """Names of the blocks: the innermost repeated parts that hold at least two quantizable layers."""
@@ -80,8 +89,8 @@ def find_blocks(module: nn.Module, prefix: str = "") -> list[str]:
     blocks: list[str] = []
     for child_name, child in module.named_children():
         name = f"{prefix}{child_name}"
-        layers = sum(isinstance(m, QUANTIZABLE) for m in child.modules())
-        if layers == 0 or isinstance(child, QUANTIZABLE):
+        layers = sum(is_quantizable(m) for m in child.modules())
+        if layers == 0 or is_quantizable(child):
             continue
         inner = find_blocks(child, f"{name}.")
         if inner:

@@ -20,7 +20,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from ptq.grids.grid import Grid
+from ptq.grids.grid import Grid, code_dtype
 from ptq.problem import LayerProblem
 
 ROW_BLOCK = 2**26  # elements of the gathered [rows, B, B] Grams held at once
@@ -56,12 +56,12 @@ def coordinate_descent(
         importance = H.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()[:, None, :] * problem.W.abs()
         visits = importance.argsort(dim=-1, descending=True, stable=True)  # [groups, out, in]
         _sweep_rows(T, H, W_hat, out_codes, grid, visits, sweeps, block_size)
-        return out_codes.to(torch.int16)
+        return out_codes.to(code_dtype(grid))
     if order is Order.shared:
         visit = H.diagonal(dim1=-2, dim2=-1).sum(0).argsort(descending=True, stable=True)
     else:
         visit = torch.arange(T.shape[-1], device=T.device)
-    return _sweep_columns(T, H, W_hat, out_codes, grid, visit, sweeps, block_size).to(torch.int16)
+    return _sweep_columns(T, H, W_hat, out_codes, grid, visit, sweeps, block_size).to(code_dtype(grid))
 
 
 def _inverse_diagonal(H: Tensor) -> Tensor:

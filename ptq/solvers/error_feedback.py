@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ptq.errors import InputError
-from ptq.grids.grid import Grid
+from ptq.grids.grid import Grid, code_dtype
 from ptq.problem import LayerProblem
 
 
@@ -81,7 +81,7 @@ def error_feedback(
         W[:, stop:].baddbmm_(U[:, start:stop, stop:].mT, errors, alpha=-1)
     result = torch.empty_like(T)
     result.scatter_(-1, visit[:, None, :].expand_as(T), codes.mT)
-    return result.to(torch.int16), grid
+    return result.to(code_dtype(grid)), grid
 
 
 def inverse_factor(H: Tensor, damping: float, name: str) -> Tensor:

@@ -158,6 +158,22 @@ def test_constant_rows_are_exact(choice, zero: Zero, constant: float) -> None:
     assert float(error) <= (abs(constant) / 14 if zero is Zero.none else abs(constant) * 1e-6)
 
 
+@pytest.mark.parametrize("name", GRIDS)
+def test_sixteen_bits(choice, name: str) -> None:
+    W = random_weights(1, 3, 20)
+    grid = choice("grid", name, parameter_bits=32).fit(W, 16, None, torch.eye(20)[None])
+    assert float((W - grid.values(grid.round(W))).abs().max()) < 2e-4
+
+
+def test_a_narrow_row_far_from_zero_is_stored_as_it_is(choice) -> None:
+    W = 1 + 0.004 * torch.rand(1, 2, 30, generator=torch.Generator().manual_seed(0))
+    grid = choice("grid", "affine_release").fit(W, 8)
+    codes = grid.round(W)
+    again, codes_again = AffineGrid.from_storage(*grid.storage(codes))
+    assert torch.equal(again.values(codes_again), grid.values(codes))
+    assert float((W - grid.values(codes)).abs().max()) < 0.005
+
+
 @pytest.mark.parametrize("bits", [0, 1.5, 17, -2], ids=str)
 def test_impossible_bits(choice, bits: float) -> None:
     with pytest.raises(InputError, match=f"integer from 1 to 16.*got {bits:g}"):
