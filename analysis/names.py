@@ -27,6 +27,8 @@ KNOWN_METHODS = (
 )
 
 WORDS = {
+    "babyllama105": "BabyLLaMA (105 characters)",
+    "cct": "CCT",
     "cifar": "CIFAR",
     "cifar10": "CIFAR-10",
     "cifar100": "CIFAR-100",
@@ -34,10 +36,15 @@ WORDS = {
     "gpt2": "GPT-2",
     "imagenet": "ImageNet",
     "llama": "LLaMA",
+    "mcunet": "MCUNet",
+    "mobilenet": "MobileNet",
     "mobilenetv2": "MobileNetV2",
     "opt": "OPT",
     "resnet": "ResNet",
     "smollm": "SmolLM",
+    "squeezenet1_1": "SqueezeNet 1.1",
+    "stories260k": "Stories 260K",
+    "tinyllama": "TinyLLaMA",
     "vgg": "VGG",
     "vit": "ViT",
 }
@@ -45,6 +52,8 @@ WORDS = {
 
 def model_title(name: str) -> str:
     """`cifar10_resnet20` → `CIFAR-10 ResNet-20`; an unknown word keeps its letters behind a capital."""
+    if name in WORDS:
+        return WORDS[name]
     return " ".join(_word(word) for word in name.split("_") if word) or name
 
 
