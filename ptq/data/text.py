@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -24,16 +25,16 @@ SPLITS = ("calibration", "test")
 
 
 @dataclass(kw_only=True)
-class Text:
+class Text(ABC):
     """What every text source does; a source adds `documents`, `joiner` and `source`."""
 
     per_document: bool  # true = every document is a stream and scored on its own; false = one stream a split
 
     task: ClassVar[str] = "language_modeling"
 
+    @abstractmethod
     def documents(self, split: str) -> list[str]:
         """The documents of a split, in order; raises InputError where they cannot be had."""
-        raise NotImplementedError
 
     @property
     def document_joiner(self) -> str:
@@ -41,9 +42,9 @@ class Text:
         return "\n\n"
 
     @property
+    @abstractmethod
     def source(self) -> str:
         """Where the text comes from, for messages and records."""
-        raise NotImplementedError
 
     def tokens(self, split: str, tokenizer: Any) -> list[Tensor]:
         """Streams of token ids, int64 [tokens]: one, or one per document.
