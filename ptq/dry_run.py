@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ptq import pipeline
 from ptq.calibration import Calibration, Inputs, Target
 from ptq.layers import weight_matrix
+from ptq.plan import Plan, allocate, skipped_parameters, trace
 from ptq.problem import LayerProblem
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def describe(parts: Parts, directory: Path) -> str:
     module = adapter.module.to(parts.device)
     batch = parts.batches[0].to(parts.device)
     tokens, forward_seconds, plan = _trace(parts, module, batch)
-    allocation = pipeline.allocate(adapter, plan, parts.bits)
+    allocation = allocate(adapter, plan, parts.bits)
     lines = [f"{'layer':40} {'groups × out × in':>20} {'bits':>6} {'bits/coefficient':>17}"]
     weights = stored = 0
     work: dict[str, float] = {}
@@ -44,7 +44,7 @@ def describe(parts: Parts, directory: Path) -> str:
         grams = max(grams, W.shape[0] * W.shape[-1] ** 2 * 8)
         shape = " × ".join(str(n) for n in W.shape)
         lines.append(f"{name:40} {shape:>20} {width:>6g} {size / W.numel():>17.4f}")
-    for skipped in pipeline.skipped_parameters(adapter, plan, allocation):
+    for skipped in skipped_parameters(adapter, plan, allocation):
         lines.append(f"float: {skipped['name']} {skipped['shape']}: {skipped['reason']}")
     paths = _paths(parts)
     model_bytes = sum(t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()])
@@ -85,9 +85,9 @@ def _float_inputs(parts: Parts) -> bool:
     return isinstance(parts.calibration, Calibration) and parts.calibration.inputs is Inputs.float
 
 
-def _trace(parts: Parts, module: nn.Module, batch: Tensor) -> tuple[dict[str, int], float, pipeline.Plan]:
+def _trace(parts: Parts, module: nn.Module, batch: Tensor) -> tuple[dict[str, int], float, Plan]:
     """Elements of each layer's input in one batch, seconds of one forward pass, and the plan."""
-    plan = pipeline.plan(parts.adapter, batch)
+    plan = trace(parts.adapter, batch)
     elements: dict[str, int] = {}
 
     def note(name: str) -> RemovableHandle:
@@ -114,7 +114,7 @@ def _synchronize(parts: Parts) -> None:
 
 
 def _gram_seconds(
-    parts: Parts, plan: pipeline.Plan, elements: dict[str, int], allocation: dict[str, float | None]
+    parts: Parts, plan: Plan, elements: dict[str, int], allocation: dict[str, float | None]
 ) -> float:
     """Time of all Gram products from their operation count and the measured speed of one of them."""
     A = torch.randn(4096, 256, device=parts.device)

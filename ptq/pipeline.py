@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -28,33 +26,18 @@ from ptq.errors import InputError
 from ptq.grids.grid import Grid
 from ptq.layers import names_of, quantized_layer, replace_module, weight_matrix
 from ptq.methods.method import GridSpec, LayerMethod
-from ptq.models.adapter import QUANTIZABLE, ModelAdapter
+from ptq.models.adapter import ModelAdapter
+from ptq.plan import (
+    Call,
+    Unit,
+    allocate,
+    first_tensor,
+    hooks,
+    map_tensors,
+    skipped_parameters,
+    trace,
+)
 from ptq.problem import LayerProblem
-
-
-@dataclass(kw_only=True)
-class Unit:
-    """A part of the model that is calibrated and quantized as one."""
-
-    name: str
-    stages: list[list[str]]  # layers in order of execution; those of one stage receive the same tensor
-    chained: bool  # its input is the previous unit's output, other arguments unchanged
-    replayable: bool  # called once per forward pass, so that it can be run by itself
-    repeated: bool  # some layer of it is called more than once in one pass
-
-
-@dataclass(kw_only=True)
-class Plan:
-    """What a traced forward pass says about a model."""
-
-    units: list[Unit]
-    first: list[str]  # layers that run first, on the model's input
-    last: list[str]  # layers that run last
-    unreached: list[str]  # quantizable layers whose forward is never called
-
-    def layers(self) -> list[str]:
-        """All reached layers in order of execution."""
-        return [name for unit in self.units for stage in unit.stages for name in stage]
 
 
 @dataclass(kw_only=True)
@@ -126,205 +109,8 @@ def quantize(
         return walk.run(progress)
 
 
-def plan(adapter: ModelAdapter, batch: Any) -> Plan:
-    """Trace one forward pass of `adapter.module` on `batch` and find its units."""
-    with torch.no_grad():
-        return _trace(adapter, batch)
-
-
-def skipped_parameters(
-    adapter: ModelAdapter, plan: Plan, allocation: dict[str, float | None]
-) -> list[dict[str, Any]]:
-    """Every weight of two or more dimensions that stays float, with the reason."""
-    skipped = []
-    layers = adapter.quantizable()
-    for name, parameter in adapter.module.named_parameters():
-        owner_name, _, leaf = name.rpartition(".")
-        if parameter.dim() < 2 or (leaf == "weight" and allocation.get(owner_name) is not None):
-            continue
-        owner = adapter.module.get_submodule(owner_name)
-        if owner_name in adapter.skip:
-            reason = adapter.skip[owner_name]
-        elif owner_name in plan.unreached:
-            reason = "its forward is never called, so no input of it is known"
-        elif owner_name in layers:
-            reason = "left out by bits.skip"
-        elif isinstance(owner, QUANTIZABLE):
-            reason = f"{type(owner).__name__} computes more than the layer it derives from"
-        else:
-            reason = f"{leaf} of a {type(owner).__name__}: not a Linear, Conv2d or Conv1D weight"
-        skipped.append({"name": name, "shape": list(parameter.shape), "reason": reason})
-    return skipped
-
-
-def allocate(adapter: ModelAdapter, plan: Plan, bits: Bits) -> dict[str, float | None]:
-    """Bits per reached layer in order of execution, None where it stays float."""
-    for pattern in bits.layers:
-        for name in adapter.skip:
-            if fnmatchcase(name, pattern):
-                raise InputError(f"bits.layers names {name!r}, which stays float: {adapter.skip[name]}")
-    allocation = bits.allocate([*plan.layers(), *adapter.skip], [*plan.first, *plan.last])
-    return {name: None if name in adapter.skip else allocation[name] for name in plan.layers()}
-
-
 class _StopError(Exception):
     """Ends a forward pass whose remainder is not needed."""
-
-
-@dataclass
-class _Call:
-    """Arguments of one call of a unit."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def with_first(self, x: Tensor) -> _Call:
-        return _Call((x, *self.args[1:]), self.kwargs)
-
-    def to(self, device: torch.device) -> _Call:
-        return _Call(_map(self.args, lambda t: t.to(device)), _map(self.kwargs, lambda t: t.to(device)))
-
-    def cloned(self) -> _Call:
-        """Arguments that a unit may overwrite."""
-        return _Call(_map(self.args, Tensor.clone), _map(self.kwargs, Tensor.clone))
-
-
-def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """`function` on every tensor of nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a namedtuple takes its items one by one
-        return type(value)(*(_map(v, function) for v in value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(_map(v, function) for v in value)
-    if isinstance(value, Mapping):
-        return {k: _map(v, function) for k, v in value.items()}
-    return value
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two nested arguments are equal, tensors by value."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a is b or (a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b)))
-    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
-    return a is b or (type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b))
-
-
-def _first_tensor(value: Any) -> Tensor | None:
-    if isinstance(value, Tensor):
-        return value
-    return value[0] if isinstance(value, (tuple, list)) and value and isinstance(value[0], Tensor) else None
-
-
-@contextmanager
-def _hooks(handles: Iterable[Any]) -> Iterator[None]:
-    handles = list(handles)
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _trace(adapter: ModelAdapter, batch: Any) -> Plan:
-    module, layers, blocks = adapter.module, adapter.quantizable(), adapter.blocks()
-    if "" in layers:
-        raise InputError(f"the model is a bare {type(module).__name__}: wrap it in torch.nn.Sequential")
-    batch = (
-        batch[:2] if isinstance(batch, Tensor) else batch
-    )  # everything the pass produces is kept while it runs
-    unit_of = {name: next((b for b in blocks if name.startswith(f"{b}.")), name) for name in layers}
-    calls: dict[str, list[_Call]] = {}
-    outputs: dict[str, tuple[Tensor, int] | None] = {}
-    arrived: dict[str, int] = {}  # version of the first argument at the call
-    inputs: dict[str, tuple[Tensor, int]] = {}  # layer → its input tensor and version
-    order: list[str] = []  # layers by first call
-    repeated: set[str] = set()
-
-    def unit_called(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.setdefault(name, []).append(_Call(args, kwargs))
-            first = _first_tensor(args)
-            arrived.setdefault(name, -1 if first is None else first._version)
-
-        return hook
-
-    def unit_returned(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            first = _first_tensor(output)
-            outputs[name] = None if first is None else (first, first._version)
-
-        return hook
-
-    def layer_called(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            if name in inputs:
-                repeated.add(name)
-            else:
-                order.append(name)
-                inputs[name] = (args[0], args[0]._version)
-
-        return hook
-
-    units = list(dict.fromkeys(unit_of.values()))
-    handles = [
-        module.get_submodule(u).register_forward_pre_hook(unit_called(u), with_kwargs=True) for u in units
-    ]
-    handles += [module.get_submodule(u).register_forward_hook(unit_returned(u)) for u in units]
-    handles += [layer.register_forward_pre_hook(layer_called(name)) for name, layer in layers.items()]
-    with _hooks(handles):
-        adapter.forward(module, batch)
-    reached = {
-        unit: [n for n in order if unit_of[n] == unit]
-        for unit in calls
-        if any(unit_of[n] == unit for n in order)
-    }
-    result: list[Unit] = []
-    previous = None
-    for unit, names in reached.items():
-        stages: list[list[str]] = []
-        for name in names:
-            mate = stages[-1][0] if stages else None
-            shares = (
-                mate is not None and inputs[mate][0] is inputs[name][0] and inputs[mate][1] == inputs[name][1]
-            )
-            same_kind = (
-                mate is not None
-                and not isinstance(layers[mate], nn.Conv2d)
-                and not isinstance(layers[name], nn.Conv2d)
-            )
-            if shares and same_kind:
-                stages[-1].append(name)
-            else:
-                stages.append([name])
-        once = len(calls[unit]) == 1 and _first_tensor(calls[unit][0].args) is not None
-        chained = False
-        if previous is not None and once and result[-1].replayable and outputs[previous] is not None:
-            before, now, sent = calls[previous][0], calls[unit][0], outputs[previous]
-            assert sent is not None
-            chained = (
-                now.args[0] is sent[0]
-                and arrived[unit] == sent[1]
-                and _same(now.args[1:], before.args[1:])
-                and _same(now.kwargs, before.kwargs)
-            )
-        again = bool(repeated & set(names))
-        result.append(Unit(name=unit, stages=stages, chained=chained, replayable=once, repeated=again))
-        previous = unit
-    if not order:
-        raise InputError(
-            f"model {adapter.name!r} has no Linear, Conv2d or Conv1D layer that its forward pass reaches"
-        )
-    first = (
-        [n for n in order if inputs[n][0] is inputs[order[0]][0]]
-        if adapter.task != "language_modeling"
-        else []
-    )
-    heads = [adapter.head] if adapter.head in inputs else [order[-1]]
-    return Plan(units=result, first=first, last=heads, unreached=[n for n in layers if n not in inputs])
 
 
 class _Walk:
@@ -354,10 +140,10 @@ class _Walk:
             grid.check(width, bits.group_size)
         self.adapter, self.method, self.grid, self.bits, self.device = adapter, method, grid, bits, device
         self.calibration, self.seed = calibration, seed
-        self.batches = [_map(b, lambda t: t.to(device)) for b in batches]
+        self.batches = [map_tensors(b, lambda t: t.to(device)) for b in batches]
         self.student = adapter.module.to(device)
         _check_finite(self.student)
-        self.plan = _trace(adapter, self.batches[0])
+        self.plan = trace(adapter, self.batches[0])
         self.allocation = allocate(adapter, self.plan, bits)
         self.report = Report(skipped=skipped_parameters(adapter, self.plan, self.allocation))
         self.needs_teacher = self.needs_student = False
@@ -369,7 +155,7 @@ class _Walk:
     def run(self, progress: bool) -> Report:
         total = sum(width is not None for width in self.allocation.values())
         bar = tqdm(total=total, desc="quantize", unit="layer", disable=not progress, delay=1)
-        inputs: dict[str, list[_Call]] = {}
+        inputs: dict[str, list[Call]] = {}
         for k, unit in enumerate(self.plan.units):
             following = self.plan.units[k + 1] if k + 1 < len(self.plan.units) else None
             wanted = [[n for n in stage if self.allocation[n] is not None] for stage in unit.stages]
@@ -413,15 +199,15 @@ class _Walk:
             roles.append(("student", self.student))
         return roles
 
-    def _capture(self, module: nn.Module, name: str) -> list[_Call]:
+    def _capture(self, module: nn.Module, name: str) -> list[Call]:
         """Arguments of the unit for each batch, by forward passes that stop there. Kept on the host."""
-        calls: list[_Call] = []
+        calls: list[Call] = []
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.append(_Call(args, kwargs).cloned().to(torch.device("cpu")))
+            calls.append(Call(args, kwargs).cloned().to(torch.device("cpu")))
             raise _StopError
 
-        with _hooks([module.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)]):
+        with hooks([module.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)]):
             for batch in self.batches:
                 try:
                     self.adapter.forward(module, batch)
@@ -429,19 +215,19 @@ class _Walk:
                     continue
         return calls
 
-    def _advance(self, module: nn.Module, name: str, calls: list[_Call]) -> list[_Call]:
+    def _advance(self, module: nn.Module, name: str, calls: list[Call]) -> list[Call]:
         """The next unit's arguments: this one's outputs in place of its inputs."""
         unit = module.get_submodule(name)
         advanced = []
         for call in calls:
             there = call.to(self.device).cloned()
-            output = _first_tensor(unit(*there.args, **there.kwargs))
+            output = first_tensor(unit(*there.args, **there.kwargs))
             assert output is not None
             advanced.append(call.with_first(output.to("cpu")))
         return advanced
 
     def _quantize_stage(
-        self, unit: Unit, stage: list[str], inputs: dict[str, list[_Call]], bar: tqdm[Any]
+        self, unit: Unit, stage: list[str], inputs: dict[str, list[Call]], bar: tqdm[Any]
     ) -> None:
         if not stage:
             return
@@ -499,7 +285,7 @@ class _Walk:
         )
 
     def _statistics(
-        self, unit: Unit, stage: list[str], inputs: dict[str, list[_Call]], calibration: Calibration
+        self, unit: Unit, stage: list[str], inputs: dict[str, list[Call]], calibration: Calibration
     ) -> dict[str, tuple[Tensor, Tensor | None]]:
         """H and, for target=float_path, C of each layer of a stage. Linear layers that share an input share
         them too.
@@ -537,7 +323,7 @@ class _Walk:
         return next(n for n in mates if n in stage)
 
     def _layer_inputs(
-        self, module: nn.Module, unit: Unit, names: set[str], calls: list[_Call] | None, index: int
+        self, module: nn.Module, unit: Unit, names: set[str], calls: list[Call] | None, index: int
     ) -> dict[str, list[Tensor]]:
         """Inputs that the named layers receive for batch `index`; the forward pass stops once all have been
         called.
@@ -552,7 +338,7 @@ class _Walk:
 
             return receive
 
-        with _hooks(module.get_submodule(n).register_forward_pre_hook(hook(n)) for n in names):
+        with hooks(module.get_submodule(n).register_forward_pre_hook(hook(n)) for n in names):
             try:
                 if unit.replayable and calls is not None:
                     call = calls[index].to(self.device).cloned()

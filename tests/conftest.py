@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -40,14 +39,6 @@ def golden() -> Golden:
 def choice():
     """choice("method", "comq", sweeps=1) builds an object of conf/ with overrides."""
     return lambda group, name, **overrides: build(load_choice(group, name, **overrides), group)
-
-
-@pytest.fixture(scope="session")
-def data_folder() -> Path:
-    """The folder that PTQ_DATA names; the test is skipped where it is unset."""
-    if "PTQ_DATA" not in os.environ:
-        pytest.skip("PTQ_DATA is unset: this test reads real data and weights from the folder it names")
-    return Path(os.environ["PTQ_DATA"])
 
 
 def random_problem(

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import ptq
-from ptq import pipeline
 from ptq.errors import InputError
 from ptq.layers import QuantizedLayer
 from ptq.models.adapter import ModelAdapter
+from ptq.plan import trace
 from ptq.problem import LayerProblem
 
 
@@ -60,7 +60,7 @@ def adapter(module: nn.Module) -> ModelAdapter:
 
 def test_plan(toy) -> None:
     module, batches = toy
-    plan = pipeline.plan(adapter(module), batches[0])
+    plan = trace(adapter(module), batches[0])
     assert [u.name for u in plan.units] == ["stem", "blocks.0", "blocks.1", "blocks.2", "head"]
     assert [u.chained for u in plan.units] == [False, False, True, False, False]
     assert plan.units[1].stages == [["blocks.0.q", "blocks.0.k", "blocks.0.v"], ["blocks.0.out"]]

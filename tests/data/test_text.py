@@ -53,7 +53,7 @@ def files(tmp_path: Path, content: str, **changes: Any) -> TextFiles:
 
 
 def random_states() -> tuple[Tensor, tuple[Any, ...], Any]:
-    return torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
+    return torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]  # its stub says tuple or dict
 
 
 def test_draw_takes_consecutive_tokens_within_the_text() -> None:

@@ -108,12 +108,12 @@ def test_embedded_model_beats_the_unigram_model_threefold() -> None:
 
 
 def test_loading_leaves_the_global_random_state(folder: Path) -> None:
-    state = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
+    state = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]  # its stub says tuple or dict
     embedded().load()
     causal_lm(folder, skip_output_head=False).load()
     torch.testing.assert_close(torch.get_rng_state(), state[0])
     assert random.getstate() == state[1]
-    assert np.random.get_state()[1].tolist() == state[2]  # type: ignore[index]
+    assert np.random.get_state()[1].tolist() == state[2]  # type: ignore[index]  # its stub says tuple or dict
 
 
 def test_embedded_checkpoint_that_does_not_fit_is_refused(tmp_path: Path) -> None:

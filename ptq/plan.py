@@ -1,0 +1,242 @@
+"""What one traced forward pass says about a model: its units, its layers in order, and who shares an input.
+
+A unit is a block (see models/adapter) or a quantizable layer outside all blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptq.allocation import Bits
+from ptq.errors import InputError
+from ptq.models.adapter import QUANTIZABLE, ModelAdapter
+
+
+@dataclass(kw_only=True)
+class Unit:
+    """A part of the model that is calibrated and quantized as one."""
+
+    name: str
+    stages: list[list[str]]  # layers in order of execution; those of one stage receive the same tensor
+    chained: bool  # its input is the previous unit's output, other arguments unchanged
+    replayable: bool  # called once per forward pass, so that it can be run by itself
+    repeated: bool  # some layer of it is called more than once in one pass
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """What a traced forward pass says about a model."""
+
+    units: list[Unit]
+    first: list[str]  # layers that run first, on the model's input
+    last: list[str]  # layers that run last
+    unreached: list[str]  # quantizable layers whose forward is never called
+
+    def layers(self) -> list[str]:
+        """All reached layers in order of execution."""
+        return [name for unit in self.units for stage in unit.stages for name in stage]
+
+
+def skipped_parameters(
+    adapter: ModelAdapter, plan: Plan, allocation: dict[str, float | None]
+) -> list[dict[str, Any]]:
+    """Every weight of two or more dimensions that stays float, with the reason."""
+    skipped = []
+    layers = adapter.quantizable()
+    for name, parameter in adapter.module.named_parameters():
+        owner_name, _, leaf = name.rpartition(".")
+        if parameter.dim() < 2 or (leaf == "weight" and allocation.get(owner_name) is not None):
+            continue
+        owner = adapter.module.get_submodule(owner_name)
+        if owner_name in adapter.skip:
+            reason = adapter.skip[owner_name]
+        elif owner_name in plan.unreached:
+            reason = "its forward is never called, so no input of it is known"
+        elif owner_name in layers:
+            reason = "left out by bits.skip"
+        elif isinstance(owner, QUANTIZABLE):
+            reason = f"{type(owner).__name__} computes more than the layer it derives from"
+        else:
+            reason = f"{leaf} of a {type(owner).__name__}: not a Linear, Conv2d or Conv1D weight"
+        skipped.append({"name": name, "shape": list(parameter.shape), "reason": reason})
+    return skipped
+
+
+def allocate(adapter: ModelAdapter, plan: Plan, bits: Bits) -> dict[str, float | None]:
+    """Bits per reached layer in order of execution, None where it stays float."""
+    for pattern in bits.layers:
+        for name in adapter.skip:
+            if fnmatchcase(name, pattern):
+                raise InputError(f"bits.layers names {name!r}, which stays float: {adapter.skip[name]}")
+    allocation = bits.allocate([*plan.layers(), *adapter.skip], [*plan.first, *plan.last])
+    return {name: None if name in adapter.skip else allocation[name] for name in plan.layers()}
+
+
+@dataclass
+class Call:
+    """Arguments of one call of a unit."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def with_first(self, x: Tensor) -> Call:
+        return Call((x, *self.args[1:]), self.kwargs)
+
+    def to(self, device: torch.device) -> Call:
+        return Call(
+            map_tensors(self.args, lambda t: t.to(device)), map_tensors(self.kwargs, lambda t: t.to(device))
+        )
+
+    def cloned(self) -> Call:
+        """Arguments that a unit may overwrite."""
+        return Call(map_tensors(self.args, Tensor.clone), map_tensors(self.kwargs, Tensor.clone))
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """`function` on every tensor of nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a namedtuple takes its items one by one
+        return type(value)(*(map_tensors(v, function) for v in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(map_tensors(v, function) for v in value)
+    if isinstance(value, Mapping):
+        return {k: map_tensors(v, function) for k, v in value.items()}
+    return value
+
+
+def same_arguments(a: Any, b: Any) -> bool:
+    """Whether two nested arguments are equal, tensors by value."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a is b or (a.shape == b.shape and a.dtype == b.dtype and bool(torch.equal(a, b)))
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(same_arguments(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(same_arguments(a[k], b[k]) for k in a)
+    return a is b or (type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b))
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    if isinstance(value, Tensor):
+        return value
+    return value[0] if isinstance(value, (tuple, list)) and value and isinstance(value[0], Tensor) else None
+
+
+@contextmanager
+def hooks(handles: Iterable[Any]) -> Iterator[None]:
+    handles = list(handles)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def trace(adapter: ModelAdapter, batch: Any) -> Plan:
+    """The plan of `adapter.module`, from one forward pass on (a part of) `batch`.
+
+    Raises InputError when no layer that can be quantized is reached.
+    """
+    module, layers, blocks = adapter.module, adapter.quantizable(), adapter.blocks()
+    if "" in layers:
+        raise InputError(f"the model is a bare {type(module).__name__}: wrap it in torch.nn.Sequential")
+    batch = (
+        batch[:2] if isinstance(batch, Tensor) else batch
+    )  # everything the pass produces is kept while it runs
+    unit_of = {name: next((b for b in blocks if name.startswith(f"{b}.")), name) for name in layers}
+    calls: dict[str, list[Call]] = {}
+    outputs: dict[str, tuple[Tensor, int] | None] = {}
+    arrived: dict[str, int] = {}  # version of the first argument at the call
+    inputs: dict[str, tuple[Tensor, int]] = {}  # layer → its input tensor and version
+    order: list[str] = []  # layers by first call
+    repeated: set[str] = set()
+
+    def unit_called(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            calls.setdefault(name, []).append(Call(args, kwargs))
+            first = first_tensor(args)
+            arrived.setdefault(name, -1 if first is None else first._version)
+
+        return hook
+
+    def unit_returned(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            first = first_tensor(output)
+            outputs[name] = None if first is None else (first, first._version)
+
+        return hook
+
+    def layer_called(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if name in inputs:
+                repeated.add(name)
+            else:
+                order.append(name)
+                inputs[name] = (args[0], args[0]._version)
+
+        return hook
+
+    units = list(dict.fromkeys(unit_of.values()))
+    handles = [
+        module.get_submodule(u).register_forward_pre_hook(unit_called(u), with_kwargs=True) for u in units
+    ]
+    handles += [module.get_submodule(u).register_forward_hook(unit_returned(u)) for u in units]
+    handles += [layer.register_forward_pre_hook(layer_called(name)) for name, layer in layers.items()]
+    with hooks(handles):
+        adapter.forward(module, batch)
+    reached = {
+        unit: [n for n in order if unit_of[n] == unit]
+        for unit in calls
+        if any(unit_of[n] == unit for n in order)
+    }
+    result: list[Unit] = []
+    previous = None
+    for unit, names in reached.items():
+        stages: list[list[str]] = []
+        for name in names:
+            mate = stages[-1][0] if stages else None
+            shares = (
+                mate is not None and inputs[mate][0] is inputs[name][0] and inputs[mate][1] == inputs[name][1]
+            )
+            same_kind = (
+                mate is not None
+                and not isinstance(layers[mate], nn.Conv2d)
+                and not isinstance(layers[name], nn.Conv2d)
+            )
+            if shares and same_kind:
+                stages[-1].append(name)
+            else:
+                stages.append([name])
+        once = len(calls[unit]) == 1 and first_tensor(calls[unit][0].args) is not None
+        chained = False
+        if previous is not None and once and result[-1].replayable and outputs[previous] is not None:
+            before, now, sent = calls[previous][0], calls[unit][0], outputs[previous]
+            assert sent is not None
+            chained = (
+                now.args[0] is sent[0]
+                and arrived[unit] == sent[1]
+                and same_arguments(now.args[1:], before.args[1:])
+                and same_arguments(now.kwargs, before.kwargs)
+            )
+        again = bool(repeated & set(names))
+        result.append(Unit(name=unit, stages=stages, chained=chained, replayable=once, repeated=again))
+        previous = unit
+    if not order:
+        raise InputError(
+            f"model {adapter.name!r} has no Linear, Conv2d or Conv1D layer that its forward pass reaches"
+        )
+    first = (
+        [n for n in order if inputs[n][0] is inputs[order[0]][0]]
+        if adapter.task != "language_modeling"
+        else []
+    )
+    heads = [adapter.head] if adapter.head in inputs else [order[-1]]
+    return Plan(units=result, first=first, last=heads, unreached=[n for n in layers if n not in inputs])
