@@ -16,7 +16,7 @@ from ptq.calibration import Calibration, NoCalibration
 from ptq.config import build, companion, load_choice
 from ptq.errors import InputError
 from ptq.grids.grid import Grid
-from ptq.methods.method import GridSpec, LayerMethod
+from ptq.methods.method import GridSpec, LayerMethod, check_pair
 from ptq.models.adapter import ModelAdapter
 from ptq.pipeline import Report
 from ptq.problem import LayerProblem
@@ -62,6 +62,7 @@ def quantize_layer(
     True
     """
     solver, spec = _method_and_grid(method, grid, overrides)
+    check_pair(solver, spec)
     spec.check(bits, group_size)
     problem = LayerProblem("W", W.detach(), H, C)
     codes, fitted = solver.quantize_layer(problem, spec, bits, group_size)

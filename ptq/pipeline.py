@@ -25,7 +25,7 @@ from ptq.calibration import Calibration, GramAccumulator, Inputs, NoCalibration,
 from ptq.errors import InputError
 from ptq.grids.grid import Grid
 from ptq.layers import names_of, quantized_layer, replace_module, weight_matrix
-from ptq.methods.method import GridSpec, LayerMethod
+from ptq.methods.method import GridSpec, LayerMethod, check_pair
 from ptq.models.adapter import ModelAdapter
 from ptq.plan import (
     Call,
@@ -136,6 +136,7 @@ class _Walk:
                 f"method {type(method).__name__} needs calibration data; "
                 "calibration=none serves rtn-like methods only"
             )
+        check_pair(method, grid)
         for width in bits.widths():
             grid.check(width, bits.group_size)
         self.adapter, self.method, self.grid, self.bits, self.device = adapter, method, grid, bits, device

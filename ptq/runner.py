@@ -25,6 +25,7 @@ from ptq.config import build, load_choice
 from ptq.data.draw import calibration_batches
 from ptq.dry_run import describe
 from ptq.errors import InputError
+from ptq.methods.method import check_pair
 from ptq.models.adapter import ModelAdapter
 from ptq.records import RECORD, config_hash, finished, versions, write_json
 from ptq.seeding import isolated_seed
@@ -156,6 +157,7 @@ def prepare(config: DictConfig, settings: Settings) -> Parts:
     evaluation = build(config.eval, "eval")
     tracker = build(config.tracker, "tracker")
     data = build(config.data, "data")
+    check_pair(method, grid)
     for width in bits.widths():
         grid.check(width, bits.group_size)
     if isinstance(calibration, NoCalibration) and method.needs_gram:

@@ -324,6 +324,12 @@ class AffineGrid:
             offset=put(self.offset, other.offset),
         )
 
+    def parameters(self) -> dict[str, Tensor]:
+        return {"scale": self.scale} if self.offset is None else {"scale": self.scale, "offset": self.offset}
+
+    def with_parameters(self, parameters: dict[str, Tensor]) -> AffineGrid:
+        return replace(self, **parameters)
+
     def as_stored(self) -> AffineGrid:
         """The grid with scales and offsets exactly as a file would return them."""
 

@@ -49,6 +49,15 @@ class Grid(Protocol):
     def replace_unit(self, unit: int, other: Self) -> Self:
         """This grid with the parameters of one unit taken from the one-unit grid `other`."""
 
+    def parameters(self) -> dict[str, Tensor]:
+        """Float parameters that `values` depends on smoothly, by name: what tuning may train."""
+
+    def with_parameters(self, parameters: dict[str, Tensor]) -> Self:
+        """The grid with these parameters, exactly as given: `values` is differentiable in them."""
+
+    def as_stored(self) -> Self:
+        """The grid with every parameter as a file would return it."""
+
     def storage(self, codes: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a file keeps: packed tensors and the JSON facts needed to read them back."""
 

@@ -33,3 +33,17 @@ class LayerMethod(Protocol):
         self, problem: LayerProblem, grid: GridSpec, bits: float, group_size: int | None
     ) -> tuple[Tensor, Grid]:
         """Codes [groups, out, in] and the fitted grid they are on."""
+
+
+@runtime_checkable
+class GridChecker(Protocol):
+    """A method that some grids make no sense for."""
+
+    def check_grid(self, grid: GridSpec) -> None:
+        """Raise InputError, with the reason and a grid that serves, where the method cannot use `grid`."""
+
+
+def check_pair(method: LayerMethod, grid: GridSpec) -> None:
+    """Raise InputError where the method refuses the grid."""
+    if isinstance(method, GridChecker):
+        method.check_grid(grid)
