@@ -328,7 +328,7 @@ class AffineGrid:
         return {"scale": self.scale} if self.offset is None else {"scale": self.scale, "offset": self.offset}
 
     def with_parameters(self, parameters: dict[str, Tensor]) -> AffineGrid:
-        return replace(self, **parameters)
+        return replace(self, scale=parameters["scale"], offset=parameters.get("offset"))
 
     def as_stored(self) -> AffineGrid:
         """The grid with scales and offsets exactly as a file would return them."""
