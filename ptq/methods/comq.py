@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from ptq.errors import InputError
@@ -23,6 +22,7 @@ from ptq.methods.method import GridSpec
 from ptq.problem import LayerProblem
 from ptq.solvers.coordinate_descent import Order, coordinate_descent
 from ptq.solvers.error_feedback import Feedback, error_feedback, prepare
+from ptq.solvers.solution import Solution
 
 
 class Start(Enum):
@@ -91,28 +91,3 @@ class COMQ:
         else:
             codes = coordinate_descent(problem, grid, sweeps=1, order=self.order, block_size=self.block_size)
         return Solution(problem, grid, codes)
-
-
-class Solution:
-    """Codes on a grid with their error per row, so that the better of two can be kept row by row."""
-
-    def __init__(self, problem: LayerProblem, grid: Grid, codes: Tensor) -> None:
-        self.problem, self.grid, self.codes = problem, grid, codes
-        self.error = problem.error(grid.values(codes))  # [groups, out]
-
-    def total(self) -> float:
-        return float(self.error.sum())
-
-    def or_better(self, other: Solution) -> Solution:
-        """This solution with the rows of `other` where they have less error (all rows at once on a shared
-        grid).
-        """
-        if self.grid.shared:
-            return other if other.total() < self.total() else self
-        better = other.error < self.error
-        codes = torch.where(better[..., None], other.codes, self.codes)
-        return Solution(self.problem, other.grid.where(better, self.grid), codes)
-
-    def refitted(self) -> Solution:
-        """The same codes with the closed-form parameters."""
-        return Solution(self.problem, self.grid.refit(self.codes, self.problem.T, self.problem.H), self.codes)
