@@ -60,6 +60,7 @@ COLUMNS = [
     "metric",
     "float",
     "quantized",
+    "samples",
     "codes_bits",
     "parameters_bits",
     "bits_per_coefficient",
@@ -71,6 +72,21 @@ COLUMNS = [
     "error",
     "config_hash",
     "path",
+]
+
+LAYER_COLUMNS = [
+    "model",
+    "data",
+    "method",
+    "bits",
+    "seed",
+    "position",
+    "layer",
+    "layer_bits",
+    "relative_error",
+    "coefficients",
+    "bits_per_coefficient",
+    "limit_bits",
 ]
 
 
@@ -287,6 +303,7 @@ def _row(record: Record, method: str, image_metric: str) -> dict[str, Any]:
         "metric": metric,
         "float": _number(before.get(metric)),
         "quantized": _number(after.get(metric)),
+        "samples": _number(after.get("samples")),
         "codes_bits": _number(stored.get("codes")),
         "parameters_bits": _number(stored.get("parameters")),
         "bits_per_coefficient": _number(stored.get("total")),
@@ -321,7 +338,10 @@ def _problem(record: Record, row: dict[str, Any]) -> str | None:
 
 
 def _layers(records: Sequence[Record], rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
-    """Relative error of each layer of each finished record, layers numbered from 1 in forward order."""
+    """Each layer of each finished record: its error, size, stored bits, and the bits of the Gaussian limit.
+
+    Layers are numbered from 1 in forward order.
+    """
     found = []
     for record, row in zip(records, rows, strict=True):
         layers = record.content.get("layers") if record.done else None
@@ -334,10 +354,12 @@ def _layers(records: Sequence[Record], rows: Sequence[dict[str, Any]]) -> pd.Dat
                         "layer": str(layer.get("name", position)),
                         "layer_bits": _number(layer.get("bits")),
                         "relative_error": _number(layer.get("relative_error")),
+                        "coefficients": _product(layer.get("shape")),
+                        "bits_per_coefficient": _number(layer.get("bits_per_coefficient")),
+                        "limit_bits": _number(layer.get("limit_bits")),
                     }
                 )
-    names = ["model", "data", "method", "bits", "seed", "position", "layer", "layer_bits", "relative_error"]
-    return pd.DataFrame(found, columns=names)
+    return pd.DataFrame(found, columns=LAYER_COLUMNS)
 
 
 def _newest(records: Sequence[Record], keys: Sequence[Any]) -> list[int]:
@@ -405,6 +427,11 @@ def _number(value: Any) -> float:
         return float(value)
     except (TypeError, ValueError):
         return math.nan
+
+
+def _product(shape: Any) -> float:
+    """Number of coefficients of a shape; NaN for whatever is none."""
+    return math.prod(map(_number, shape)) if isinstance(shape, list) and shape else math.nan
 
 
 def _plain(value: Any) -> str:

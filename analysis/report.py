@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from analysis import tables
+from analysis import savings_table, tables
+from analysis.bits_saved import bits_saved
 from analysis.collect import aggregate, collect_all
-from analysis.curves import write_curves, write_layer_errors
+from analysis.curves import curve_points, write_curves, write_layer_errors
 from analysis.files import write_csv, write_text
+from analysis.names import method_order
 
 
 class NoRecordsError(ValueError):
@@ -35,10 +37,18 @@ class Report:
         return "\n\n".join(part.rstrip("\n") for part in parts)
 
 
-def write_report(dirs: list[Path], output: Path | None = None, metric: str | None = None) -> Report:
+class UnknownBaselineError(ValueError):
+    """No record has a result of the method to set the others against; the message names those that have."""
+
+
+def write_report(
+    dirs: list[Path], output: Path | None = None, metric: str | None = None, baseline: str | None = None
+) -> Report:
     """Read every record under `dirs`; write tables and figures into `output`, by default `dirs[0]`.
 
-    `metric` is for image models, by default top1; language models have perplexity. Raises NoRecordsError.
+    `metric` is for image models, by default top1; language models have perplexity. `baseline` is the method
+    that bits are saved against, by default rtn where a model has it, else its first. Raises NoRecordsError
+    and UnknownBaselineError.
     """
     for folder in dirs:
         if not folder.is_dir():
@@ -53,11 +63,19 @@ def write_report(dirs: list[Path], output: Path | None = None, metric: str | Non
         )
     folder = output or dirs[0]
     cells = aggregate(found.frame)
-    table = tables.markdown(cells)
+    points = curve_points(cells)
+    if baseline and baseline not in {*points["line"], *points["method"]}:
+        known = ", ".join(sorted(set(points["method"]), key=method_order)) or "none"
+        raise UnknownBaselineError(f"no result of the baseline {baseline!r}; methods with results: {known}")
+    savings = savings_table.with_limit(bits_saved(found.frame, baseline), points, found.layers)
+    table = tables.markdown(cells, below=savings_table.markdown(savings))
+    table += f"\n{savings_table.NOTE}\n" if len(savings) else ""
     paths = [
         write_text(folder / "table.md", table),
         write_csv(folder / "table.csv", tables.tidy(cells)),
         write_text(folder / "table.tex", tables.latex(cells)),
+        write_csv(folder / "bits_saved.csv", savings),
+        write_text(folder / "bits_saved.tex", savings_table.latex(savings)),
         *write_curves(cells, folder),
         *write_layer_errors(found.layers, cells, folder),
     ]
@@ -74,10 +92,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="where to write; default: the first DIR")
     parser.add_argument("--metric", choices=["top1", "top5"], help="metric of image models; default: top1")
+    parser.add_argument(
+        "--baseline", metavar="NAME", help="method that bits are saved against; default: rtn, else the first"
+    )
     options = parser.parse_args(argv)
     try:
-        report = write_report(options.dirs, options.output, options.metric)
-    except NoRecordsError as error:
+        report = write_report(options.dirs, options.output, options.metric, options.baseline)
+    except (NoRecordsError, UnknownBaselineError) as error:
         raise SystemExit(f"ptq-report: {error}") from None
     print(report.text())
 

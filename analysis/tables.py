@@ -109,9 +109,15 @@ def _block(title: str, block: pd.DataFrame) -> Block:
     )
 
 
-def markdown(cells: pd.DataFrame) -> str:
-    """The table in Markdown, aligned so that it also reads in a terminal."""
-    parts = [_markdown_block(block) for block in blocks(cells)]
+def markdown(cells: pd.DataFrame, below: dict[tuple[str, str], str] | None = None) -> str:
+    """The table in Markdown, aligned so that it also reads in a terminal.
+
+    `below` holds Markdown to set under the table of a (model, data).
+    """
+    parts: list[str] = []
+    for title, block in split_by_model(cells):
+        place = block["model"].iloc[0], block["data"].iloc[0]
+        parts += [_markdown_block(_block(title, block)), *filter(None, [(below or {}).get(place)])]
     return "\n\n".join([*parts, NOTE]) + "\n"
 
 
@@ -122,6 +128,11 @@ def _markdown_block(block: Block) -> str:
 
     rows = [["method", *block.columns], ["float", block.float_result, *[""] * (len(block.columns) - 1)]]
     rows += [[method, *map(entry, entries)] for method, entries in block.rows]
+    return f"### {block.title} (`{block.model}`) · {block.subtitle}\n\n{markdown_rows(rows)}"
+
+
+def markdown_rows(rows: list[list[str]]) -> str:
+    """A Markdown table, the first row its header, the first column to the left, the others to the right."""
     rows = [[text.replace("|", "\\|").replace("<", "&lt;") for text in row] for row in rows]
     widths = [max(3, *(len(row[j]) for row in rows)) for j in range(len(rows[0]))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
@@ -129,7 +140,7 @@ def _markdown_block(block: Block) -> str:
     for row in [rows[0], rule, *rows[1:]]:
         entries = [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
         lines.append(f"| {' | '.join(entries)} |")
-    return f"### {block.title} (`{block.model}`) · {block.subtitle}\n\n" + "\n".join(lines)
+    return "\n".join(lines)
 
 
 def tidy(cells: pd.DataFrame) -> pd.DataFrame:
@@ -156,6 +167,10 @@ LATEX_SPECIAL = {
     "·": r"$\cdot$",
     "–": "--",
     "…": r"\ldots{}",
+    "−": r"$-$",
+    "≤": r"$\leq$",
+    "≥": r"$\geq$",
+    "→": r"$\rightarrow$",
 }
 
 

@@ -12,6 +12,8 @@ FILES = [
     "table.md",
     "table.csv",
     "table.tex",
+    "bits_saved.csv",
+    "bits_saved.tex",
     "curves.png",
     "curves.pdf",
     "curves.csv",
@@ -64,7 +66,7 @@ def test_top5_and_default_output(tmp_path: Path) -> None:
 def test_a_sweep_where_all_failed_still_has_its_table(tmp_path: Path) -> None:
     report = write_report([write(tmp_path, failed())])
     assert "failed" in report.markdown
-    assert [path.name for path in report.paths] == FILES[:3]
+    assert [path.name for path in report.paths] == FILES[:5]
 
 
 @pytest.mark.parametrize(("name", "message"), [("absent", "is not a folder"), ("empty", "no record.json")])
