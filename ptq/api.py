@@ -18,9 +18,10 @@ from ptq.errors import InputError
 from ptq.grids.grid import Grid
 from ptq.methods.method import GridSpec, LayerMethod, check_pair
 from ptq.models.adapter import ModelAdapter
-from ptq.pipeline import Report
 from ptq.problem import LayerProblem
+from ptq.report import Report
 from ptq.seeding import isolated_seed
+from ptq.tuning import NoTuning, Tuning
 
 
 @dataclass(kw_only=True)
@@ -84,6 +85,7 @@ def quantize_model(
     group_size: int | None = None,
     skip: Iterable[str] = (),
     settings: str | Calibration | NoCalibration = "default",
+    tuning: str | Tuning | NoTuning = "none",
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: bool = False,
@@ -94,8 +96,9 @@ def quantize_model(
     `calibration` yields model inputs: a tensor, a tuple of positional arguments or a dict of keyword
     arguments. `bits` is a width, a name of conf/bits such as "w3g128", or a Bits object; `skip` names layers
     that stay float (wildcards allowed); `settings` a name of conf/calibration or an object: which inputs
-    layers see and what they reproduce (its sample counts are not read here). `overrides` are hyperparameters
-    of a method given by name.
+    layers see and what they reproduce (its sample counts are not read here). `tuning` is a name of
+    conf/tuning or an object: which float parameters are trained, without labels, once the codes stand.
+    `overrides` are hyperparameters of a method given by name.
     """
     solver, spec = _method_and_grid(method, grid, overrides)
     if isinstance(calibration, Tensor):
@@ -121,6 +124,7 @@ def quantize_model(
             calibration=build(load_choice("calibration", settings), "calibration")
             if isinstance(settings, str)
             else settings,
+            tuning=build(load_choice("tuning", tuning), "tuning") if isinstance(tuning, str) else tuning,
             device=where,
             seed=seed,
             progress=progress,

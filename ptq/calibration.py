@@ -47,6 +47,7 @@ class Calibration:
     # random positions of each image kept for a convolution's Gram; null = all
     positions_per_image: int | None
     target_damping: float  # ridge of the float-path target, as a fraction of H's mean diagonal
+    fresh_per_layer: bool  # samples drawn anew for each layer, as the released COMQ does (inputs=float)
     reestimate_batchnorm: bool  # at the end, on the calibration samples as they are: without augmentation
 
     def __post_init__(self) -> None:
@@ -61,6 +62,11 @@ class Calibration:
             )
         if self.target_damping < 0:
             raise InputError(f"calibration.target_damping must not be negative; got {self.target_damping}")
+        if self.fresh_per_layer and self.inputs is not Inputs.float:
+            raise InputError(
+                "calibration.fresh_per_layer=true needs calibration.inputs=float: layers on quantized inputs "
+                "follow one set through the network"
+            )
         if self.target is Target.float_path and self.inputs is Inputs.float:
             raise InputError(
                 "calibration.target=float_path needs calibration.inputs=quantized: "

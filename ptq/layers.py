@@ -136,10 +136,7 @@ class QuantizedLayer(nn.Module):
     def weight(self) -> Tensor:
         """Ŵ in the shape of the float layer's weight, float32."""
         grid, codes = self.grid_and_codes()
-        values, geometry = grid.values(codes), self.facts["geometry"]
-        if geometry["kind"] == "conv2d":
-            return values.reshape(self.out_channels, -1, *self.kernel_size)
-        return values[0] if geometry["kind"] == "linear" else values[0].t()
+        return _shaped(grid.values(codes), self.facts["geometry"])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
         """Packed tensors follow the module to a device, not to another type: `.half()` spares the scales."""
@@ -150,17 +147,64 @@ class QuantizedLayer(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, geometry = self.weight.to(x.dtype), self.facts["geometry"]
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        if geometry["kind"] == "linear":
-            return F.linear(x, weight, bias)
-        if geometry["kind"] == "conv1d":
-            return F.linear(x, weight.t(), bias)
-        x = pad_input(x, geometry["padding_mode"], geometry["padding"])
-        return F.conv2d(x, weight, bias, self.stride, 0, geometry["dilation"], geometry["groups"])
+        return _apply_weight(x, self.weight, self.bias, self.facts["geometry"])
 
     def extra_repr(self) -> str:
         return f"{self.facts['geometry']}, {self.facts['grid'].rpartition('.')[2]}, bits={self.facts['bits']}"
+
+
+class TrainableLayer(nn.Module):
+    """A quantized layer whose codes are frozen and whose grid parameters can be trained."""
+
+    def __init__(self, layer: QuantizedLayer) -> None:
+        super().__init__()
+        self.grid, codes = layer.grid_and_codes()
+        self.register_buffer("codes", codes, persistent=False)
+        self.geometry = layer.facts["geometry"]
+        self.free = nn.ParameterDict(
+            {name: nn.Parameter(value.detach().clone()) for name, value in self.grid.parameters().items()}
+        )
+        self.bias = layer.bias
+        self.train(layer.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """Ŵ in the shape of the float layer's weight, differentiable in the grid's parameters."""
+        grid = self.grid.with_parameters(dict(self.free.items()))
+        return _shaped(grid.values(self.get_buffer("codes")), self.geometry)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _apply_weight(x, self.weight, self.bias, self.geometry)
+
+    def frozen(self) -> QuantizedLayer:
+        """The layer with its parameters as a file would return them."""
+        values = {name: value.detach() for name, value in self.free.items()}
+        grid = self.grid.with_parameters(values).as_stored()
+        tensors, facts = grid.storage(self.get_buffer("codes"))
+        facts["geometry"] = self.geometry
+        return (
+            QuantizedLayer(tensors, facts, self.bias).to(self.get_buffer("codes").device).train(self.training)
+        )
+
+
+def _shaped(values: Tensor, geometry: dict[str, Any]) -> Tensor:
+    """Ŵ [groups, out, in] in the shape of the float layer's weight."""
+    if geometry["kind"] == "conv2d":
+        return values.reshape(geometry["out_channels"], -1, *geometry["kernel_size"])
+    return values[0] if geometry["kind"] == "linear" else values[0].t()
+
+
+def _apply_weight(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: dict[str, Any]) -> Tensor:
+    """The layer's output for a weight in the float layer's shape."""
+    weight = weight.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    if geometry["kind"] == "linear":
+        return F.linear(x, weight, bias)
+    if geometry["kind"] == "conv1d":
+        return F.linear(x, weight.t(), bias)
+    x = pad_input(x, geometry["padding_mode"], geometry["padding"])
+    stride = tuple(geometry["stride"])
+    return F.conv2d(x, weight, bias, stride, 0, geometry["dilation"], geometry["groups"])
 
 
 def quantized_layer(layer: nn.Module, grid: Grid, codes: Tensor) -> QuantizedLayer:

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -38,53 +37,8 @@ from ptq.plan import (
     trace,
 )
 from ptq.problem import LayerProblem
-
-
-@dataclass(kw_only=True)
-class LayerReport:
-    """One quantized layer: facts for the record."""
-
-    name: str
-    shape: list[int]  # W [groups, out, in]
-    bits: float
-    relative_error: float
-    storage_bits: dict[str, int]
-    seconds: float
-
-
-@dataclass(kw_only=True)
-class Report:
-    """What quantizing a model did."""
-
-    layers: list[LayerReport] = field(default_factory=list)
-    skipped: list[dict[str, Any]] = field(default_factory=list)  # name, shape, reason, parameters
-    seconds: dict[str, float] = field(default_factory=lambda: {"capture": 0.0, "solve": 0.0})
-
-    def bits_per_coefficient(self) -> dict[str, float]:
-        """Stored bits of the quantized layers per weight of theirs: codes, parameters, total."""
-        count = sum(_count(layer.shape) for layer in self.layers)
-        if count == 0:
-            return {"codes": 0.0, "parameters": 0.0, "total": 0.0}
-        codes = sum(layer.storage_bits["codes"] for layer in self.layers) / count
-        parameters = sum(layer.storage_bits["parameters"] for layer in self.layers) / count
-        return {"codes": codes, "parameters": parameters, "total": codes + parameters}
-
-    def model_bits_per_coefficient(self, module: nn.Module) -> float:
-        """Stored bits of the whole model per parameter: quantized layers as stored, all else at its float
-        width.
-        """
-        quantized = sum(sum(layer.storage_bits.values()) for layer in self.layers)
-        weights = sum(_count(layer.shape) for layer in self.layers)
-        rest = list(module.parameters())
-        bits = quantized + sum(p.numel() * p.element_size() * 8 for p in rest)
-        return bits / max(1, weights + sum(p.numel() for p in rest))
-
-
-def _count(shape: list[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+from ptq.report import LayerReport, Report
+from ptq.tuning import NoTuning, Scope, Tuning, TuningReport, check_tuning
 
 
 def quantize(
@@ -95,18 +49,26 @@ def quantize(
     grid: GridSpec,
     bits: Bits,
     calibration: Calibration | NoCalibration,
+    tuning: Tuning | NoTuning | None = None,
+    samples: Iterable[tuple[Any, Tensor | None]] | None = None,
+    redraw: Callable[[int], list[Any]] | None = None,
     device: torch.device | str = "cpu",
     seed: int = 0,
     progress: bool = False,
 ) -> Report:
     """Quantize `adapter.module` in place and say what was done.
 
-    `batches` are model inputs of the calibration set (for NoCalibration, one batch to trace with). Raises
-    InputError, with the layer's name, on NaN or infinity in weights or inputs.
+    `batches` are model inputs of the calibration set (for NoCalibration, one batch to trace with). `samples`
+    are (batch, labels) pairs that tuning of the whole network goes over in each epoch, the unlabelled
+    `batches` where it is None. `redraw(k)` gives the batches of the k-th layer, for
+    calibration.fresh_per_layer. Raises InputError, with the layer's name, on NaN or infinity in weights or
+    inputs.
     """
     with torch.no_grad():
-        walk = _Walk(adapter, batches, method, grid, bits, calibration, torch.device(device), seed)
-        return walk.run(progress)
+        walk = _Walk(
+            adapter, batches, method, grid, bits, calibration, tuning, redraw, torch.device(device), seed
+        )
+        return walk.run([(b, None) for b in batches] if samples is None else samples, progress)
 
 
 class _StopError(Exception):
@@ -124,6 +86,8 @@ class _Walk:
         grid: GridSpec,
         bits: Bits,
         calibration: Calibration | NoCalibration,
+        tuning: Tuning | NoTuning | None,
+        redraw: Callable[[int], list[Any]] | None,
         device: torch.device,
         seed: int,
     ) -> None:
@@ -137,10 +101,17 @@ class _Walk:
                 "calibration=none serves rtn-like methods only"
             )
         check_pair(method, grid)
+        check_tuning(tuning, calibration)
+        if isinstance(calibration, Calibration) and calibration.fresh_per_layer and redraw is None:
+            raise InputError(
+                "calibration.fresh_per_layer=true draws samples for each layer and needs a data source, "
+                "not a list of batches; set it to false"
+            )
         for width in bits.widths():
             grid.check(width, bits.group_size)
         self.adapter, self.method, self.grid, self.bits, self.device = adapter, method, grid, bits, device
-        self.calibration, self.seed = calibration, seed
+        self.calibration, self.seed, self.redraw = calibration, seed, redraw
+        self.tuning = tuning if isinstance(tuning, Tuning) else None
         self.batches = [map_tensors(b, lambda t: t.to(device)) for b in batches]
         self.student = adapter.module.to(device)
         _check_finite(self.student)
@@ -152,8 +123,14 @@ class _Walk:
             self.needs_student = calibration.inputs is Inputs.quantized
             self.needs_teacher = calibration.inputs is Inputs.float or calibration.target is Target.float_path
         self.teacher = copy.deepcopy(self.student) if self.needs_teacher else None
+        # the float network that tuning looks up to, also where the layers do not need it
+        self.example: nn.Module | None = self.teacher
+        distilled = self.tuning is not None and self.tuning.scope is Scope.network
+        if distilled and self.teacher is None:
+            self.example = copy.deepcopy(self.student)
+        self.blocks = set(adapter.blocks())
 
-    def run(self, progress: bool) -> Report:
+    def run(self, samples: Iterable[tuple[Any, Tensor | None]], progress: bool) -> Report:
         total = sum(width is not None for width in self.allocation.values())
         bar = tqdm(total=total, desc="quantize", unit="layer", disable=not progress, delay=1)
         inputs: dict[str, list[Call]] = {}
@@ -176,8 +153,13 @@ class _Walk:
                             else []
                         )
                 self.report.seconds["capture"] += time.perf_counter() - started
+            block_scope = self.tuning is not None and self.tuning.scope is Scope.block
+            tuned = block_scope and unit.name in self.blocks and unit.replayable and any(stages)
+            original = copy.deepcopy(self.student.get_submodule(unit.name)) if tuned else None
             for stage in stages:
                 self._quantize_stage(unit, stage, inputs, bar)
+            if original is not None:
+                self._tune_block(unit, original, inputs)
             if following is not None and following.chained and isinstance(self.calibration, Calibration):
                 started = time.perf_counter()
                 for role, module in self._roles():
@@ -186,11 +168,49 @@ class _Walk:
             else:
                 inputs.clear()
         bar.close()
+        self._reestimate()
+        if self.tuning is not None and self.tuning.scope is Scope.network:
+            tuned_network = self.tuning.tune_network(
+                self.adapter,
+                self.example,
+                samples,
+                device=self.device,
+                seed=self.seed,
+                progress=progress,
+            )
+            self._tuned(tuned_network)
+            self._reestimate()
+        return self.report
+
+    def _reestimate(self) -> None:
         if isinstance(self.calibration, Calibration) and self.calibration.reestimate_batchnorm:
             started = time.perf_counter()
             reestimate(self.adapter, self.batches)
-            self.report.seconds["reestimate_batchnorm"] = time.perf_counter() - started
-        return self.report
+            seconds = self.report.seconds
+            seconds["reestimate_batchnorm"] = (
+                seconds.get("reestimate_batchnorm", 0.0) + time.perf_counter() - started
+            )
+
+    def _tune_block(self, unit: Unit, original: nn.Module, inputs: dict[str, list[Call]]) -> None:
+        """Train the block's float parameters: same output as `original`, the float block, on the inputs that
+        the quantized block gets (with target=float_path: as the float block on the float network's inputs).
+        """
+        assert self.tuning is not None
+        assert isinstance(self.calibration, Calibration)
+        calls = inputs["student" if self.needs_student else "teacher"]
+        sources = inputs["teacher"] if self.calibration.target is Target.float_path else calls
+        targets = []
+        for call in sources:
+            there = call.to(self.device).cloned()
+            output = first_tensor(original(*there.args, **there.kwargs))
+            assert output is not None
+            targets.append(output.to("cpu"))
+        block = self.student.get_submodule(unit.name)
+        self._tuned(self.tuning.tune_block(block, calls, targets, name=unit.name, seed=self.seed))
+
+    def _tuned(self, report: TuningReport) -> None:
+        self.report.tuning.append(report)
+        self.report.seconds["tune"] = self.report.seconds.get("tune", 0.0) + report.seconds
 
     def _roles(self) -> list[tuple[str, nn.Module]]:
         roles: list[tuple[str, nn.Module]] = []
@@ -233,10 +253,12 @@ class _Walk:
         if not stage:
             return
         started = time.perf_counter()
-        if isinstance(self.calibration, Calibration):
-            statistics = self._statistics(unit, stage, inputs, self.calibration)
-        else:
+        if not isinstance(self.calibration, Calibration):
             statistics = {}
+        elif self.calibration.fresh_per_layer:
+            statistics = {name: self._fresh_statistics(name, self.calibration) for name in stage}
+        else:
+            statistics = self._statistics(unit, stage, inputs, self.calibration)
         self.report.seconds["capture"] += time.perf_counter() - started
         for name in stage:
             started = time.perf_counter()
@@ -317,6 +339,21 @@ class _Walk:
                     accumulators[name].add(x, x_float)
         result = {name: (a.gram(), a.cross()) for name, a in accumulators.items()}
         return {name: result[leader] for name, leader in leaders.items()}
+
+    def _fresh_statistics(self, name: str, calibration: Calibration) -> tuple[Tensor, Tensor | None]:
+        """H of one layer from samples drawn for it alone, through the float network."""
+        assert self.redraw is not None
+        assert self.teacher is not None
+        layer = self.teacher.get_submodule(name)
+        accumulator = GramAccumulator(layer, calibration.positions_per_image, self.seed)
+
+        def receive(_: nn.Module, args: tuple[Any, ...]) -> None:
+            accumulator.add(args[0])
+
+        with hooks([layer.register_forward_pre_hook(receive)]):
+            for batch in self.redraw(len(self.report.layers)):
+                self.adapter.forward(self.teacher, map_tensors(batch, lambda t: t.to(self.device)))
+        return accumulator.gram(), None
 
     def _leader(self, unit: Unit, name: str, stage: list[str]) -> str:
         """The layer whose statistics serve `name`: the first of the stage that receives the same tensor."""

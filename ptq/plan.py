@@ -89,6 +89,20 @@ class Call:
     def with_first(self, x: Tensor) -> Call:
         return Call((x, *self.args[1:]), self.kwargs)
 
+    def samples(self) -> int:
+        """Samples of the first argument."""
+        first = first_tensor(self.args)
+        return 0 if first is None else len(first)
+
+    def rows(self, rows: slice) -> Call:
+        """Some of the samples: every tensor with as many rows as there are samples is cut."""
+        count = self.samples()
+
+        def cut(t: Tensor) -> Tensor:
+            return t[rows] if t.dim() > 0 and len(t) == count else t
+
+        return Call(map_tensors(self.args, cut), map_tensors(self.kwargs, cut))
+
     def to(self, device: torch.device) -> Call:
         return Call(
             map_tensors(self.args, lambda t: t.to(device)), map_tensors(self.kwargs, lambda t: t.to(device))

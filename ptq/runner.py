@@ -10,6 +10,7 @@ import resource
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,16 +23,17 @@ from ptq import checkpoint, pipeline
 from ptq.allocation import Bits
 from ptq.calibration import Calibration, NoCalibration
 from ptq.config import build, load_choice
-from ptq.data.draw import calibration_batches
+from ptq.data.draw import Samples, calibration_batches
 from ptq.dry_run import describe
 from ptq.errors import InputError
 from ptq.methods.method import check_pair
 from ptq.models.adapter import ModelAdapter
 from ptq.records import RECORD, config_hash, finished, versions, write_json
 from ptq.seeding import isolated_seed
+from ptq.tuning import NoTuning, Scope, Tuning, check_tuning
 
 log = logging.getLogger(__name__)
-GROUPS = ("model", "data", "calibration", "grid", "bits", "method", "eval", "tracker")
+GROUPS = ("model", "data", "calibration", "grid", "bits", "method", "tuning", "eval", "tracker")
 
 
 @dataclass(kw_only=True)
@@ -73,6 +75,9 @@ class Parts:
     grid: Any
     bits: Bits
     calibration: Calibration | NoCalibration
+    tuning: Tuning | NoTuning
+    samples: Samples | None  # what tuning of the whole network goes over
+    redraw: Callable[[int], list[Tensor]]  # the batches of the k-th layer, where each has its own
     evaluation: Any
     tracker: Any
     device: torch.device
@@ -154,10 +159,12 @@ def prepare(config: DictConfig, settings: Settings) -> Parts:
     grid = build(config.grid, "grid")
     bits = build(config.bits, "bits")
     calibration = build(config.calibration, "calibration")
+    tuning = build(config.tuning, "tuning")
     evaluation = build(config.eval, "eval")
     tracker = build(config.tracker, "tracker")
     data = build(config.data, "data")
     check_pair(method, grid)
+    check_tuning(tuning, calibration)
     for width in bits.widths():
         grid.check(width, bits.group_size)
     if isinstance(calibration, NoCalibration) and method.needs_gram:
@@ -172,6 +179,16 @@ def prepare(config: DictConfig, settings: Settings) -> Parts:
         source = build(load_choice("data", calibration.source), "calibration.source")
         source.check(adapter)
     batches = calibration_batches(source, adapter, calibration, settings.seed)
+    samples = None
+    if isinstance(tuning, Tuning) and tuning.scope is Scope.network and isinstance(calibration, Calibration):
+        samples = Samples(
+            source,
+            adapter,
+            calibration,
+            num_samples=tuning.num_samples,
+            batch_size=tuning.batch_size,
+            seed=settings.seed,
+        )
     bits.allocate(adapter.quantizable(), [])
     return Parts(
         adapter=adapter,
@@ -181,6 +198,9 @@ def prepare(config: DictConfig, settings: Settings) -> Parts:
         grid=grid,
         bits=bits,
         calibration=calibration,
+        tuning=tuning,
+        samples=samples,
+        redraw=lambda k: calibration_batches(source, adapter, calibration, settings.seed + k),
         evaluation=evaluation,
         tracker=tracker,
         device=device,
@@ -206,6 +226,9 @@ def _execute(
         grid=parts.grid,
         bits=parts.bits,
         calibration=parts.calibration,
+        tuning=parts.tuning,
+        samples=parts.samples,
+        redraw=parts.redraw,
         device=parts.device,
         seed=settings.seed,
         progress=settings.progress,
@@ -226,6 +249,7 @@ def _execute(
         for layer in report.layers
     ]
     record["skipped_layers"] = report.skipped
+    record["tuning"] = [asdict(unit) for unit in report.tuning]
     if settings.save_model:
         checkpoint.save(module, directory / "model", plain["model"])
         record["saved_bytes"] = checkpoint.quantized_bytes(directory / "model")

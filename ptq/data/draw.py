@@ -4,6 +4,8 @@ method.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,3 +50,42 @@ def calibration_batches(
         )
     segments = draw_segments(source.tokens("calibration", adapter.tokenizer), number, length, seed)
     return list(segments.split(batch_size))
+
+
+class Samples:
+    """Labelled samples of a source's calibration split, read batch by batch in an order that is new in each
+    pass.
+
+    Images come with their class, [batch]; text, whose labels are its own next tokens, with None.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        adapter: ModelAdapter,
+        calibration: Calibration,
+        *,
+        num_samples: int | None,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        self.images = None
+        if adapter.task == "classification":
+            number = num_samples or calibration.num_samples
+            self.images = source.dataset("calibration", adapter.preprocessing, seed=seed, num_samples=number)
+        else:
+            wanted = replace(
+                calibration, num_samples=num_samples or calibration.num_samples, batch_size=batch_size
+            )
+            self.segments = calibration_batches(source, adapter, wanted, seed)
+        self.batch_size = batch_size
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        if self.images is None:
+            for index in torch.randperm(len(self.segments), generator=self.generator).tolist():
+                yield self.segments[index], None
+        else:
+            yield from DataLoader(
+                self.images, batch_size=self.batch_size, shuffle=True, generator=self.generator
+            )

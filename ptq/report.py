@@ -1,0 +1,58 @@
+"""What quantizing a model did: facts for the record, and bits per coefficient of the result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ptq.tuning import TuningReport
+
+
+@dataclass(kw_only=True)
+class LayerReport:
+    """One quantized layer: facts for the record."""
+
+    name: str
+    shape: list[int]  # W [groups, out, in]
+    bits: float
+    relative_error: float
+    storage_bits: dict[str, int]
+    seconds: float
+
+
+@dataclass(kw_only=True)
+class Report:
+    """What quantizing a model did."""
+
+    layers: list[LayerReport] = field(default_factory=list)
+    skipped: list[dict[str, Any]] = field(default_factory=list)  # name, shape, reason, parameters
+    tuning: list[TuningReport] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: {"capture": 0.0, "solve": 0.0})
+
+    def bits_per_coefficient(self) -> dict[str, float]:
+        """Stored bits of the quantized layers per weight of theirs: codes, parameters, total."""
+        count = sum(_count(layer.shape) for layer in self.layers)
+        if count == 0:
+            return {"codes": 0.0, "parameters": 0.0, "total": 0.0}
+        codes = sum(layer.storage_bits["codes"] for layer in self.layers) / count
+        parameters = sum(layer.storage_bits["parameters"] for layer in self.layers) / count
+        return {"codes": codes, "parameters": parameters, "total": codes + parameters}
+
+    def model_bits_per_coefficient(self, module: nn.Module) -> float:
+        """Stored bits of the whole model per parameter: quantized layers as stored, all else at its float
+        width.
+        """
+        quantized = sum(sum(layer.storage_bits.values()) for layer in self.layers)
+        weights = sum(_count(layer.shape) for layer in self.layers)
+        rest = list(module.parameters())
+        bits = quantized + sum(p.numel() * p.element_size() * 8 for p in rest)
+        return bits / max(1, weights + sum(p.numel() for p in rest))
+
+
+def _count(shape: list[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
