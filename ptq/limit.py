@@ -75,9 +75,10 @@ class GaussianLimit:
             raise InputError(f"bits must be finite and not negative; got {rates.tolist()}")
         if self.energy == 0 or self.model_energy == 0:
             return torch.zeros_like(rates)
-        low, high, positive = self._log_range()
-        low = low - 2 * rates * self.count / positive  # there all sources are above τ, and the rate is ≥ bits
-        level = _bisect(lambda log_level: self._at(log_level)[1] <= rates, low, torch.full_like(low, high))
+        smallest, largest, positive = self._log_range()
+        low = smallest - 2 * rates * self.count / positive  # all sources are above τ there, the rate ≥ bits
+        high = torch.full_like(low, largest)
+        level = _bisect(lambda log_level: self._at(log_level)[1] <= rates, low, high)
         return (self._at(level)[0] / self.energy).sqrt()
 
     def bits(self, relative_error: Tensor) -> Tensor:
@@ -90,11 +91,11 @@ class GaussianLimit:
         distortion = errors.square() * self.energy
         if self.energy == 0 or self.model_energy == 0:
             return torch.zeros_like(errors)
-        _, high, positive = self._log_range()
+        _, largest, positive = self._log_range()
         inside = (distortion > 0) & (distortion < self.model_energy)
         low = torch.where(inside, distortion / positive, 1.0).log2()  # D(τ) ≤ τ · positive
-        top = torch.full_like(low, high)
-        level = _bisect(lambda log_level: self._at(log_level)[0] >= distortion, low, torch.maximum(low, top))
+        high = low.clamp_min(largest)
+        level = _bisect(lambda log_level: self._at(log_level)[0] >= distortion, low, high)
         rates = torch.where(inside, self._at(level)[1], 0.0)
         return torch.where(distortion > 0, rates, torch.inf)
 
