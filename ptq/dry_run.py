@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ptq.calibration import Calibration, Inputs, Target
 from ptq.layers import weight_matrix
+from ptq.methods.method import stored_size
 from ptq.plan import Plan, allocate, skipped_parameters, trace
 from ptq.problem import LayerProblem
 
@@ -38,7 +39,7 @@ def describe(parts: Parts, directory: Path) -> str:
         width = allocation[name]
         if width is None:
             continue
-        size = sum(parts.grid.size(W, width, parts.bits.group_size).values())
+        size = sum(stored_size(parts.method, parts.grid, W, width, parts.bits.group_size).values())
         weights, stored = weights + W.numel(), stored + size
         work[name] = W.numel() * W.shape[-1]
         grams = max(grams, W.shape[0] * W.shape[-1] ** 2 * 8)

@@ -43,6 +43,23 @@ class GridChecker(Protocol):
         """Raise InputError, with the reason and a grid that serves, where the method cannot use `grid`."""
 
 
+@runtime_checkable
+class SizedMethod(Protocol):
+    """A method that stores more than the grid does."""
+
+    def size(self, grid: GridSpec, W: Tensor, bits: float, group_size: int | None) -> dict[str, int]:
+        """Bits that W will take, {"codes", "parameters"}, without solving anything."""
+
+
+def stored_size(
+    method: LayerMethod, grid: GridSpec, W: Tensor, bits: float, group_size: int | None
+) -> dict[str, int]:
+    """Bits that W [groups, out, in] will take by this method on this grid, {"codes", "parameters"}."""
+    if isinstance(method, SizedMethod):
+        return method.size(grid, W, bits, group_size)
+    return grid.size(W, bits, group_size)
+
+
 def check_pair(method: LayerMethod, grid: GridSpec) -> None:
     """Raise InputError where the method refuses the grid."""
     if isinstance(method, GridChecker):
