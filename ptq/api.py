@@ -19,6 +19,7 @@ from ptq.grids.grid import Grid
 from ptq.methods.method import GridSpec, LayerMethod, check_pair
 from ptq.models.adapter import ModelAdapter
 from ptq.problem import LayerProblem
+from ptq.rate import quantize_to_rate
 from ptq.report import Report
 from ptq.seeding import isolated_seed
 from ptq.tuning import NoTuning, Tuning
@@ -28,7 +29,7 @@ from ptq.tuning import NoTuning, Tuning
 class QuantizedWeight:
     """Codes and grid of one weight matrix. `codes` and `values()` have the shape of the given W."""
 
-    codes: Tensor  # int16
+    codes: Tensor  # int16; int32 where they do not fit
     grid: Grid
     relative_error: float  # ‖(W − Ŵ) X‖ / ‖W X‖
     bits_per_coefficient: float
@@ -66,7 +67,7 @@ def quantize_layer(
     check_pair(solver, spec)
     spec.check(bits, group_size)
     problem = LayerProblem("W", W.detach(), H, C)
-    codes, fitted = solver.quantize_layer(problem, spec, bits, group_size)
+    codes, fitted = quantize_to_rate(solver, problem, spec, bits, group_size)
     return QuantizedWeight(
         codes=codes.reshape(W.shape),
         grid=fitted,

@@ -90,6 +90,14 @@ def load(directory: Path | str, module: nn.Module | None = None) -> nn.Module:
             f"{', '.join(other[:5])}; load the float model in the saved type"
         )
     load_state_strictly(module, {**packed, **rest}, directory)
+    for name in content["layers"]:  # entropy-coded layers decode here, so a damaged file is refused now
+        try:
+            replaced = module.get_submodule(name)
+            assert isinstance(replaced, QuantizedLayer)
+            if "decode_once" in replaced.facts:
+                replaced.grid_and_codes()
+        except InputError as error:
+            raise InputError(f"{directory}: layer {name!r}: {error}") from error
     return module.eval()
 
 

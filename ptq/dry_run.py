@@ -15,6 +15,7 @@ from ptq.layers import weight_matrix
 from ptq.methods.method import stored_size
 from ptq.plan import Plan, allocate, skipped_parameters, trace
 from ptq.problem import LayerProblem
+from ptq.rate import quantize_to_rate
 
 if TYPE_CHECKING:
     from ptq.runner import Parts
@@ -155,6 +156,6 @@ def _solve_seconds(parts: Parts, allocation: dict[str, float | None], work: dict
     width = allocation[name]
     assert width is not None
     started = time.perf_counter()
-    parts.method.quantize_layer(problem, parts.grid, width, parts.bits.group_size)
+    quantize_to_rate(parts.method, problem, parts.grid, width, parts.bits.group_size)
     _synchronize(parts)
     return (time.perf_counter() - started) * sum(work.values()) / work[name]

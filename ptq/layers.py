@@ -114,6 +114,7 @@ class QuantizedLayer(nn.Module):
         for name in self.packed_names:
             self.register_buffer(name, tensors[name])
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self._decoded: tuple[Grid, Tensor] | None = None  # kept where decoding is slow
         geometry = facts["geometry"]
         if geometry["kind"] == "conv2d":
             self.in_channels, self.out_channels = geometry["in_channels"], geometry["out_channels"]
@@ -127,9 +128,13 @@ class QuantizedLayer(nn.Module):
         return {name: self.get_buffer(name) for name in self.packed_names}
 
     def grid_and_codes(self) -> tuple[Grid, Tensor]:
-        """The fitted grid and the codes [groups, out, in]."""
+        """The fitted grid and the codes [groups, out, in]; entropy-coded ones are decoded once."""
+        if self._decoded is not None:
+            return self._decoded
         grid_class: Any = get_class(self.facts["grid"])
         grid, codes = grid_class.from_storage(self.packed, self.facts)
+        if "decode_once" in self.facts:
+            self._decoded = (grid, codes)
         return grid, codes
 
     @property
@@ -140,7 +145,7 @@ class QuantizedLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
         """Packed tensors follow the module to a device, not to another type: `.half()` spares the scales."""
-        before = self.packed
+        before, self._decoded = self.packed, None
         super()._apply(fn, recurse)
         for name, tensor in before.items():
             self._buffers[name] = tensor.to(self.get_buffer(name).device)

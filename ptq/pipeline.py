@@ -37,6 +37,7 @@ from ptq.plan import (
     trace,
 )
 from ptq.problem import LayerProblem
+from ptq.rate import quantize_to_rate
 from ptq.report import LayerReport, Report
 from ptq.tuning import NoTuning, Scope, Tuning, TuningReport, check_tuning
 
@@ -256,7 +257,10 @@ class _Walk:
         if not isinstance(self.calibration, Calibration):
             statistics = {}
         elif self.calibration.fresh_per_layer:
-            statistics = {name: self._fresh_statistics(name, self.calibration) for name in stage}
+            done = len(self.report.layers)
+            statistics = {
+                name: self._fresh_statistics(name, done + k, self.calibration) for k, name in enumerate(stage)
+            }
         else:
             statistics = self._statistics(unit, stage, inputs, self.calibration)
         self.report.seconds["capture"] += time.perf_counter() - started
@@ -273,7 +277,7 @@ class _Walk:
                 eye = torch.eye(W.shape[-1], dtype=torch.float64, device=W.device)
                 problem = LayerProblem(name, W, eye.expand(W.shape[0], -1, -1))
             try:
-                codes, fitted = self.method.quantize_layer(problem, self.grid, width, self.bits.group_size)
+                codes, fitted = quantize_to_rate(self.method, problem, self.grid, width, self.bits.group_size)
             except InputError as error:
                 raise InputError(f"layer {name!r} {list(W.shape)}: {error}") from error
             self._replace(name, layer, problem, codes, fitted, width, time.perf_counter() - started)
@@ -340,8 +344,10 @@ class _Walk:
         result = {name: (a.gram(), a.cross()) for name, a in accumulators.items()}
         return {name: result[leader] for name, leader in leaders.items()}
 
-    def _fresh_statistics(self, name: str, calibration: Calibration) -> tuple[Tensor, Tensor | None]:
-        """H of one layer from samples drawn for it alone, through the float network."""
+    def _fresh_statistics(
+        self, name: str, index: int, calibration: Calibration
+    ) -> tuple[Tensor, Tensor | None]:
+        """H of the layer at `index` from samples drawn for it alone, through the float network."""
         assert self.redraw is not None
         assert self.teacher is not None
         layer = self.teacher.get_submodule(name)
@@ -351,7 +357,7 @@ class _Walk:
             accumulator.add(args[0])
 
         with hooks([layer.register_forward_pre_hook(receive)]):
-            for batch in self.redraw(len(self.report.layers)):
+            for batch in self.redraw(index):
                 self.adapter.forward(self.teacher, map_tensors(batch, lambda t: t.to(self.device)))
         return accumulator.gram(), None
 

@@ -1,0 +1,318 @@
+"""Lossless coding of integer matrices: a range coder driven by models that learn as they go.
+
+Every code belongs to a scale class: its row's level plus its column's level, in fractions of an octave. Each
+class starts from a discretised Gaussian of its scale with a wider tail and counts what it has coded, so no
+frequency table is stored; the levels are, by the same coder, and only where they pay. Codes of a class go in
+chunks that grow by half, and counts enter the model between chunks, which keeps coder calls few and lets both
+directions run at the coder's own speed. Wide classes code their low bits as they are.
+
+The decoder repeats the encoder's arithmetic: additions, multiplications and integer counts, which give the
+same bits on every machine. Streams are big-endian; trailing bytes of ones are left out.
+Shapes: codes [rows, columns]; levels of rows [rows] and of columns [columns].
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import constriction
+import numpy as np
+from numpy.typing import NDArray
+
+from ptq.errors import InputError
+
+Ints = NDArray[np.int64]
+models = constriction.stream.model
+RangeEncoder = constriction.stream.queue.RangeEncoder
+RangeDecoder = constriction.stream.queue.RangeDecoder
+
+LEVELS_PER_OCTAVE = 4  # finest resolution of scale classes; coarser ones are rounded to multiples
+LOWEST_LEVEL, HIGHEST_LEVEL = -12, 96  # scales 2^(level / 4): 1/8 to 2²⁴ steps
+SIDE_LEVEL = 4  # scale class of the differences that say levels and other side information
+FIRST_CHUNK, CHUNK_GROWTH = 16, 1.5
+PRIOR_WEIGHT = 24.0  # codes that the starting model counts for
+TAIL = 0.06  # share of the wider tail in the starting model
+FINE = 6.0  # a class keeps its codes whole up to this scale; beyond, low bits are coded as they are
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which side information a stream has: the encoder's choice, one byte of the stream."""
+
+    rows: bool
+    columns: bool
+    coarse: int  # levels are multiples of 2^coarse
+    skewed: bool  # positive and negative codes are counted apart
+
+    def byte(self) -> int:
+        return self.rows | self.columns << 1 | self.coarse << 2 | self.skewed << 4
+
+    @classmethod
+    def of(cls, byte: int) -> Layout:
+        return cls(bool(byte & 1), bool(byte & 2), byte >> 2 & 3, bool(byte & 16))
+
+
+LAYOUTS = [
+    Layout(rows, columns, coarse, False)
+    for rows, columns in ((False, False), (True, False), (False, True), (True, True))
+    for coarse in ((0,) if not (rows or columns) else (0, 1, 2))
+]
+
+
+def encode(codes: Ints, extras: list[Ints]) -> bytes:
+    """The shortest stream, over all layouts, of codes [rows, columns] and of further lists of integers."""
+    best = b""
+    for layout in LAYOUTS:
+        stream = _encode(codes, extras, layout)
+        if not best or len(stream) < len(best):
+            best = stream
+    layout = Layout.of(best[0])
+    skewed = _encode(codes, extras, Layout(layout.rows, layout.columns, layout.coarse, True))
+    return skewed if len(skewed) < len(best) else best
+
+
+def decode(stream: bytes, shape: tuple[int, int], extra_lengths: list[int]) -> tuple[Ints, list[Ints]]:
+    """What `encode` was given; raises InputError when the stream cannot be one."""
+    if len(stream) < 2:
+        raise InputError(f"a stream of {len(stream)} bytes is too short; the file is damaged")
+    layout, base = Layout.of(stream[0]), stream[1] + LOWEST_LEVEL
+    payload = stream[2:] + b"\xff" * (-len(stream[2:]) % 4 + 8)
+    reader = _Reader(RangeDecoder(np.frombuffer(payload, ">u4").astype(np.uint32)), layout.skewed)
+    try:
+        extras = [reader.side(length) for length in extra_lengths]
+        rows = reader.side(shape[0]) if layout.rows else np.zeros(shape[0], np.int64)
+        columns = reader.side(shape[1]) if layout.columns else np.zeros(shape[1], np.int64)
+        codes = np.zeros(shape, np.int64).reshape(-1)
+        for level, members in _classes(rows, columns, base, layout):
+            codes[members] = reader.codes(len(members), level)
+    except (AssertionError, ValueError, OverflowError) as error:
+        raise InputError(f"the stream of codes cannot be decoded: {error}; the file is damaged") from error
+    return codes.reshape(shape), extras
+
+
+def entropy(codes: Ints) -> float:
+    """Bits per code of the pooled empirical distribution: the usual estimate, which no file reaches."""
+    _, counts = np.unique(codes, return_counts=True)
+    shares = counts / counts.sum()
+    return float(-(shares * np.log2(shares)).sum())
+
+
+def _encode(codes: Ints, extras: list[Ints], layout: Layout) -> bytes:
+    rows, columns, base = _levels(codes, layout)
+    writer = _Writer(layout.skewed)
+    for extra in extras:
+        writer.side(extra)
+    if layout.rows:
+        writer.side(rows)
+    if layout.columns:
+        writer.side(columns)
+    flat = codes.reshape(-1)
+    for level, members in _classes(rows, columns, base, layout):
+        writer.codes(flat[members], level)
+    words = writer.encoder.get_compressed()
+    payload = words.astype(">u4").tobytes().rstrip(b"\xff")
+    # the last word only has to fall inside the final interval: fewer bytes of it may do
+    stream = bytes([layout.byte(), base - LOWEST_LEVEL]) + payload
+    return stream
+
+
+def _levels(codes: Ints, layout: Layout) -> tuple[Ints, Ints, int]:
+    """Levels of rows and columns around a base level, whole multiples of the layout's resolution."""
+    magnitude = np.abs(codes).astype(np.float64)
+    unit = 2**layout.coarse
+    base = int(np.clip(round(float(_level(magnitude.mean()))), LOWEST_LEVEL, HIGHEST_LEVEL))
+    rows, columns = np.zeros(codes.shape[0], np.int64), np.zeros(codes.shape[1], np.int64)
+    if layout.rows:
+        rows = np.rint((_level(_floored(magnitude, 1)) - base) / unit).astype(np.int64)
+    if layout.columns:
+        columns = np.rint((_level(_floored(magnitude, 0)) - base) / unit).astype(np.int64)
+    return rows, columns, base
+
+
+def _floored(magnitude: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+    """Mean magnitude with a tenth of a code added, so that an empty row has a level too."""
+    return (magnitude.sum(axis) + 0.1) / magnitude.shape[axis]
+
+
+def _classes(rows: Ints, columns: Ints, base: int, layout: Layout) -> list[tuple[int, Ints]]:
+    """Each class's level and the flat positions of its codes in reading order."""
+    unit = 2**layout.coarse
+    levels = np.clip(base + unit * (rows[:, None] + columns[None, :]), LOWEST_LEVEL, HIGHEST_LEVEL)
+    flat = levels.reshape(-1).astype(np.int16)
+    order = np.argsort(flat, kind="stable")
+    present, starts = np.unique(flat[order], return_index=True)
+    ends = [*starts[1:].tolist(), len(flat)]
+    return [
+        (int(level), order[start:end])
+        for level, start, end in zip(present, starts.tolist(), ends, strict=True)
+    ]
+
+
+_SCALES = np.exp2(np.arange(LOWEST_LEVEL, HIGHEST_LEVEL + 1) / LEVELS_PER_OCTAVE)
+
+
+def _mean_magnitude(scale: float) -> float:
+    """E|round(scale · N(0, 1))|."""
+    if scale > 4:
+        return scale * math.sqrt(2 / math.pi)
+    return sum(math.erfc((k - 0.5) / (scale * math.sqrt(2))) for k in range(1, 40))
+
+
+_MEANS = np.array([_mean_magnitude(float(s)) for s in _SCALES])
+
+
+def _level(mean: Any) -> NDArray[np.float64]:
+    """Level, not rounded, of a rounded Gaussian with this mean magnitude. The encoder's estimate only."""
+    return np.interp(
+        np.log(np.maximum(mean, 1e-300)), np.log(_MEANS), np.arange(LOWEST_LEVEL, HIGHEST_LEVEL + 1)
+    )
+
+
+class _Model:
+    """The adaptive model of one class: symbols 0 … 2 · reach are codes −reach … reach, the last is escape."""
+
+    def __init__(self, level: int, skewed: bool) -> None:
+        self.shift = max(0, math.ceil(level / LEVELS_PER_OCTAVE - math.log2(FINE)))
+        coarse_level = level - LEVELS_PER_OCTAVE * self.shift
+        prior = _PRIORS[coarse_level]
+        self.reach = (len(prior) - 2) // 2
+        self.skewed = skewed
+        self.weights = prior * PRIOR_WEIGHT
+
+    def learn(self, symbols: NDArray[np.int32]) -> None:
+        counts = np.bincount(symbols, minlength=len(self.weights)).astype(np.float64)
+        if not self.skewed:
+            counts[:-1] = 0.5 * (counts[:-1] + counts[-2::-1])
+        self.weights += counts
+
+    def categorical(self) -> Any:
+        return models.Categorical(self.weights / self.weights.sum(), perfect=False)
+
+
+def _prior(level: int) -> NDArray[np.float64]:
+    """Shares of the codes −reach … reach and of escape, by multiplications alone from two rounded ratios."""
+    scale = 2.0 ** (level / LEVELS_PER_OCTAVE)
+    reach = math.ceil(4 * scale) + 2
+    variance = scale * scale + 1 / 12
+    narrow = round(math.exp(-0.5 / variance) * 2**20) / 2**20
+    wide = round(math.exp(-1 / (1.5 * math.sqrt(variance))) * 2**20) / 2**20
+    gauss, tail = [1.0], [1.0]
+    ratio = narrow
+    for _ in range(reach):
+        gauss.append(gauss[-1] * ratio)
+        ratio = ratio * narrow * narrow
+        tail.append(tail[-1] * wide)
+    share = np.zeros(2 * reach + 2)
+    for side, weight in ((gauss, 1 - TAIL), (tail, TAIL)):
+        total = side[0] + 2 * sum(side[1:])
+        for k, value in enumerate(side):
+            share[reach + k] += weight * value / total
+            share[reach - k] += weight * value / total if k else 0.0
+    share[-1] = 2.0**-9
+    return share / share.sum()
+
+
+_PRIORS = {
+    level: _prior(level)
+    for level in range(LOWEST_LEVEL, math.ceil(LEVELS_PER_OCTAVE * math.log2(FINE)) + LEVELS_PER_OCTAVE + 1)
+}
+
+
+def _chunks(count: int) -> list[tuple[int, int]]:
+    """Growing pieces [start, end) of `count` codes."""
+    pieces, start, size = [], 0, FIRST_CHUNK
+    while start < count:
+        pieces.append((start, min(count, start + size)))
+        start, size = start + size, int(size * CHUNK_GROWTH)
+    return pieces
+
+
+class _Writer:
+    def __init__(self, skewed: bool) -> None:
+        self.encoder = RangeEncoder()
+        self.skewed = skewed
+
+    def side(self, values: Ints) -> None:
+        """A list of integers as its middle and the differences from it."""
+        middle = int(np.median(values)) if len(values) else 0
+        self._wide(np.array([abs(middle)]))
+        self._uniform(np.array([int(middle < 0)]), 1)
+        self.codes(values - middle, SIDE_LEVEL)
+
+    def codes(self, codes: Ints, level: int) -> None:
+        """Codes of one class: chunk by chunk, then the low bits, then what lay out of reach."""
+        model = _Model(level, self.skewed)
+        half = (1 << model.shift) >> 1
+        high = (codes + half) >> model.shift
+        far = np.abs(high) > model.reach
+        symbols = np.where(far, 2 * model.reach + 1, high + model.reach).astype(np.int32)
+        for start, end in _chunks(len(symbols)):
+            self.encoder.encode(symbols[start:end], model.categorical())
+            model.learn(symbols[start:end])
+        if model.shift:
+            self._uniform((codes + half) & ((1 << model.shift) - 1), model.shift)
+        if far.any():
+            self._wide(np.abs(high[far]) - model.reach - 1)
+            self._uniform((high[far] < 0).astype(np.int64), 1)
+
+    def _uniform(self, values: Ints, bits: int) -> None:
+        for low in range(0, bits, 16):
+            width = min(16, bits - low)
+            part = (values >> low & ((1 << width) - 1)).astype(np.int32)
+            self.encoder.encode(part, models.Uniform(1 << width))
+
+    def _wide(self, values: Ints) -> None:
+        """Non-negative integers of any size: how many bits they have, then the bits below the first."""
+        sizes = np.array([int(v + 1).bit_length() - 1 for v in values])
+        self.encoder.encode(sizes.astype(np.int32), _SIZES)
+        for size in np.unique(sizes[sizes > 0]).tolist():
+            chosen = values[sizes == size]
+            self._uniform(chosen + 1 - (1 << size), size)
+
+
+class _Reader:
+    def __init__(self, decoder: Any, skewed: bool) -> None:
+        self.decoder = decoder
+        self.skewed = skewed
+
+    def side(self, count: int) -> Ints:
+        middle = int(self._wide(1)[0])
+        if self._uniform(1, 1)[0]:
+            middle = -middle
+        return self.codes(count, SIDE_LEVEL) + middle
+
+    def codes(self, count: int, level: int) -> Ints:
+        model = _Model(level, self.skewed)
+        symbols = np.empty(count, np.int32)
+        for start, end in _chunks(count):
+            symbols[start:end] = self.decoder.decode(model.categorical(), end - start)
+            model.learn(symbols[start:end])
+        high = symbols.astype(np.int64) - model.reach
+        low = self._uniform(count, model.shift) if model.shift else 0
+        far = symbols == 2 * model.reach + 1
+        if far.any():
+            magnitude = self._wide(int(far.sum())) + model.reach + 1
+            negative = self._uniform(len(magnitude), 1)
+            high[far] = np.where(negative == 1, -magnitude, magnitude)
+        return (high << model.shift) - ((1 << model.shift) >> 1) + low
+
+    def _uniform(self, count: int, bits: int) -> Ints:
+        values = np.zeros(count, np.int64)
+        for low in range(0, bits, 16):
+            width = min(16, bits - low)
+            values |= self.decoder.decode(models.Uniform(1 << width), count).astype(np.int64) << low
+        return values
+
+    def _wide(self, count: int) -> Ints:
+        sizes = self.decoder.decode(_SIZES, count).astype(np.int64)
+        values = np.zeros(count, np.int64)
+        for size in np.unique(sizes[sizes > 0]).tolist():
+            chosen = sizes == size
+            values[chosen] = self._uniform(int(chosen.sum()), size) + (1 << size) - 1
+        return values
+
+
+# sizes of wide integers: one bit more is half as likely
+_SIZES = models.Categorical(np.array([2.0**-k for k in range(1, 32)]) / (1 - 2.0**-31), perfect=False)

@@ -1,0 +1,285 @@
+"""The entropy grid: uniform steps, unbounded integer codes, stored at the length their frequency deserves.
+
+Error feedback on such a grid with one step is "Huffman-GPTQ" (arXiv 2507.18553); steps that make the cells of
+error feedback equally wide in the output are WaterSIC's (arXiv 2603.04956, equation 11). Steps are shared by
+all rows: at equal steps the rate goes by itself where a row or column needs it.
+Differs from both: what is counted is the stream in the file (ptq/coding.py), with everything in it. `bits` is
+the total that is wanted; `fit` comes near it, ptq/rate.py meets it.
+Shapes: W, codes [groups, out, in]; octaves [groups, units], a unit being `group_size` inputs, or the layer.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import torch
+import zlib
+from torch import Tensor
+
+from ptq import coding
+from ptq.errors import InputError
+from ptq.grids.affine import normal_equations
+from ptq.grids.grid import check_group_size
+from ptq.solvers.error_feedback import inverse_factor
+from ptq.storage import pack_parameter, unpack_parameter
+
+MOST_BITS = 16
+SAMPLE = 2**16  # weights that the first step is estimated from
+FARTHEST_OCTAVE = 40  # of a unit's step from the layer's
+
+
+class Steps(Enum):
+    """What shares one step."""
+
+    layer = "layer"
+    columns = "columns"  # `group_size` inputs (one without it), inverse to their weight in the output
+
+
+@dataclass(kw_only=True, slots=True)
+class Entropy:
+    """How to choose the steps of an entropy grid for a target of `bits` stored bits per weight."""
+
+    steps: Steps
+    octave_parts: int  # a unit's step is the layer's times 2^(k / octave_parts); 4 costs 0.004 bit
+    damping: float  # of H where the units' steps are found, as a fraction of its mean diagonal
+    zero_dead: bool  # weights of inputs that are always zero become 0, which costs next to nothing
+    tolerance: float  # bits that the stored rate may differ from the target
+    parameter_bits: int  # of the layer's step: 16 or 32
+
+    def __post_init__(self) -> None:
+        if self.parameter_bits not in (16, 32):
+            raise InputError(f"parameter_bits must be 16 or 32; got {self.parameter_bits}")
+        if self.octave_parts < 1 or self.damping <= 0 or self.tolerance <= 0:
+            raise InputError(
+                "octave_parts must be at least 1, damping and tolerance positive; "
+                f"got {self.octave_parts}, {self.damping} and {self.tolerance}"
+            )
+
+    def check(self, bits: float, group_size: int | None) -> None:
+        """Raise InputError when `bits` or `group_size` cannot be had on this grid."""
+        if not 0 < bits <= MOST_BITS:
+            raise InputError(f"bits must be above 0 and at most {MOST_BITS} on an entropy grid; got {bits:g}")
+        check_group_size(group_size)
+        if group_size is not None and self.steps is Steps.layer:
+            raise InputError(
+                f"steps=layer has one step for all inputs and takes no group_size; got {group_size}; "
+                "use grid.steps=columns"
+            )
+
+    def fit(
+        self, W: Tensor, bits: float, group_size: int | None = None, H: Tensor | None = None
+    ) -> EntropyGrid:
+        """Grid for W [groups, out, in] at about `bits`; H [groups, in, in] shapes steps=columns."""
+        self.check(bits, group_size)
+        dead = torch.zeros(W.shape[0], W.shape[-1], dtype=torch.bool, device=W.device)
+        if H is not None and self.zero_dead:
+            diagonal = H.diagonal(dim1=-2, dim2=-1)
+            dead = (diagonal <= 0) & (diagonal > 0).any()
+        size = W.shape[-1] if self.steps is Steps.layer else group_size or 1
+        grid = EntropyGrid(
+            step=W.new_ones(()),
+            octaves=self._octaves(W, H, size),
+            dead=dead,
+            octave_parts=self.octave_parts,
+            unit_size=size,
+            code_max=2**15 - 1,
+            parameter_bits=self.parameter_bits,
+        )
+        return grid.with_step(_step_for(W.abs() / grid.columns().to(W.dtype)[:, None], bits)).reaching(W)
+
+    def size(self, W: Tensor, bits: float, group_size: int | None = None) -> dict[str, int]:
+        """Bits that W is meant to take, {"codes", "parameters"}: the target, which the rate search meets."""
+        self.check(bits, group_size)
+        return {
+            "codes": max(0, round(bits * W.numel()) - self.parameter_bits),
+            "parameters": self.parameter_bits,
+        }
+
+    def _octaves(self, W: Tensor, H: Tensor | None, size: int) -> Tensor:
+        """k of each unit, [groups, units]: its step over the layer's is 2^(k / octave_parts)."""
+        groups, in_features = W.shape[0], W.shape[-1]
+        units = math.ceil(in_features / size)
+        if self.steps is Steps.layer or H is None or not bool((H.diagonal(dim1=-2, dim2=-1) > 0).any()):
+            return torch.zeros(groups, units, dtype=torch.int64, device=W.device)
+        # 1 / U_ii² is the variance of input i that the inputs after it leave unexplained
+        U = inverse_factor(H.double(), self.damping, "the grid's layer").diagonal(dim1=-2, dim2=-1)
+        logarithm = torch.nn.functional.pad(U.log2(), (0, units * size - in_features), value=math.nan)
+        mean = logarithm.reshape(groups, units, size).nanmean(-1)
+        octaves = ((mean - mean.median()) * self.octave_parts).round().long()
+        farthest = FARTHEST_OCTAVE * self.octave_parts
+        return octaves.clamp(-farthest, farthest)
+
+
+def _step_for(x: Tensor, bits: float) -> float:
+    """Step at which magnitudes x, in units of their columns' steps, take about `bits` each.
+
+    ½ log2(1 + 2πe σ²) is within 0.1 bit of a rounded Gaussian's entropy from 0.7 bits up; σ² of a weight is
+    the product of its row's and its column's mean square over the whole mean.
+    """
+    square = x.double().square()
+    mean = float(square.mean())
+    if mean <= 0:
+        return 1.0
+    variance = square.mean(-1, keepdim=True) * square.mean(-2, keepdim=True)
+    variance = variance / square.mean((-2, -1), keepdim=True).clamp_min(1e-300)
+    variance = variance.reshape(-1)[:: max(1, variance.numel() // SAMPLE)]
+    low, high = -60.0, 60.0  # log2 of the step over the root mean square
+    for _ in range(40):
+        middle = (low + high) / 2
+        rate = 0.5 * torch.log2(1 + 2 * math.pi * math.e * variance / (mean * 4.0**middle)).mean()
+        low, high = (middle, high) if float(rate) > bits else (low, middle)
+    return mean**0.5 * 2.0**low
+
+
+@dataclass(kw_only=True, slots=True)
+class EntropyGrid:
+    """A fitted entropy grid: value = step · 2^(octaves / octave_parts) · code."""
+
+    step: Tensor  # scalar
+    octaves: Tensor  # [groups, units] int64
+    dead: Tensor  # [groups, in] bool, inputs whose weights are rounded to 0
+    octave_parts: int
+    unit_size: int  # inputs of a unit
+    code_max: int  # not a clipping range: how far the integer type reaches
+    parameter_bits: int
+
+    @property
+    def code_min(self) -> int:
+        return -self.code_max
+
+    @property
+    def shared(self) -> bool:
+        """Rows share all steps."""
+        return True
+
+    def columns(self) -> Tensor:
+        """Step of each input over the layer's, [groups, in] float64."""
+        relative = torch.exp2(self.octaves.double() / self.octave_parts)
+        return relative.repeat_interleave(self.unit_size, -1)[:, : self.dead.shape[-1]]
+
+    def _steps(self) -> Tensor:
+        """[groups, in] in the step's dtype."""
+        return (self.step.double() * self.columns()).to(self.step.dtype)
+
+    def round(self, W: Tensor) -> Tensor:
+        x = (W / self._steps()[:, None]).round().clamp(self.code_min, self.code_max)
+        x = x.masked_fill(self.dead[:, None], 0)
+        return x.to(torch.int16 if self.code_max < 2**15 else torch.int32)
+
+    def values(self, codes: Tensor) -> Tensor:
+        return codes.to(self.step.dtype) * self._steps()[:, None]
+
+    def round_column(self, w: Tensor, column: int | Tensor) -> tuple[Tensor, Tensor]:
+        steps = self._steps()
+        if isinstance(column, int):
+            step, dead = steps[:, column, None], self.dead[:, column, None]
+        else:
+            step, dead = steps.gather(-1, column), self.dead.gather(-1, column)
+        codes = (w / step).round_().clamp_(self.code_min, self.code_max).masked_fill_(dead, 0)
+        return codes, codes * step
+
+    def refit(self, codes: Tensor, W: Tensor, H: Tensor) -> EntropyGrid:
+        """Least squares for the layer's step; the other steps keep their ratio to it."""
+        basis = codes.double() * self.columns()[:, None]
+        M, v = (x.sum().double() for x in normal_equations([basis], W.double(), H.double(), None))
+        step = float(v / M) if float(M) > 0 else 0.0
+        if not 0 < step < math.inf:
+            return self
+        new = self.with_step(step)
+        steps = torch.stack([self.step, new.step]).double()
+        before, after = (M * steps.square() - 2 * v * steps).tolist()
+        return new if after < before else self
+
+    def with_step(self, step: float) -> EntropyGrid:
+        """The grid with another step for the layer, as a file would return it."""
+        wanted = torch.full_like(self.step, step)
+        return replace(self, step=wanted).as_stored()
+
+    def reaching(self, W: Tensor) -> EntropyGrid:
+        """The grid with integers that hold W and what error feedback may add to it: 16 bits mostly."""
+        largest = float((W.abs() / self._steps()[:, None]).max())
+        return replace(self, code_max=2**15 - 1 if largest < 2**11 else 2**24 - 1)
+
+    def where(self, better: Tensor, other: EntropyGrid) -> EntropyGrid:
+        """Rows share all steps: `self` if it is better for every row."""
+        return self if bool(better.all()) else other
+
+    def replace_unit(self, unit: int, other: EntropyGrid) -> EntropyGrid:
+        octaves = self.octaves.clone()
+        ratio = math.log2(float(other.step) / float(self.step)) * self.octave_parts
+        octaves[:, unit] = other.octaves[:, 0] + round(ratio)
+        return replace(self, octaves=octaves)
+
+    def scaled(self, factor: float) -> EntropyGrid:
+        return self.with_step(float(self.step) * factor)
+
+    def parameters(self) -> dict[str, Tensor]:
+        return {"step": self.step}
+
+    def with_parameters(self, parameters: dict[str, Tensor]) -> EntropyGrid:
+        return replace(self, step=parameters["step"])
+
+    def as_stored(self) -> EntropyGrid:
+        stored = unpack_parameter(*pack_parameter(self.step, self.parameter_bits))
+        return replace(self, step=stored.to(self.step.dtype).to(self.step.device))
+
+    def stream(self, codes: Tensor) -> bytes:
+        """The coded form of codes [groups, out, in] and of the units' steps."""
+        matrix = codes.detach().cpu().numpy().astype(np.int64).reshape(-1, codes.shape[-1])
+        octaves = self.octaves.cpu().numpy().reshape(-1)
+        return coding.encode(matrix, [octaves] if octaves.any() else [])
+
+    def storage(self, codes: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        stream = self.stream(codes)
+        step, exponent = pack_parameter(self.step.reshape(1), self.parameter_bits)
+        tensors = {
+            "codes": torch.frombuffer(bytearray(stream), dtype=torch.uint8).to(codes.device),
+            "step": step,
+        }
+        facts: dict[str, Any] = {
+            "grid": "ptq.grids.entropy.EntropyGrid",
+            "bits": 8 * len(stream) / codes.numel(),
+            "shape": list(codes.shape),
+            "code_max": self.code_max,
+            "unit_size": self.unit_size,
+            "octave_parts": self.octave_parts,
+            "flat": not bool(self.octaves.any()),
+            "parameter_bits": self.parameter_bits,
+            "step_exponent": exponent,
+            "checksum": zlib.crc32(stream),
+            "decode_once": True,
+        }
+        return tensors, facts
+
+    @classmethod
+    def from_storage(cls, tensors: dict[str, Tensor], facts: dict[str, Any]) -> tuple[EntropyGrid, Tensor]:
+        """The grid and the codes that `storage` wrote. Raises InputError on a damaged stream."""
+        stream = tensors["codes"].cpu().numpy().tobytes()
+        if zlib.crc32(stream) != facts["checksum"]:
+            raise InputError(
+                f"the coded weights have checksum {zlib.crc32(stream)}, the file says {facts['checksum']}; "
+                "it is damaged or cut short: save the model again"
+            )
+        shape, device = tuple(facts["shape"]), tensors["codes"].device
+        units = math.ceil(shape[-1] / facts["unit_size"])
+        lengths = [] if facts["flat"] else [shape[0] * units]
+        matrix, extras = coding.decode(stream, (math.prod(shape[:-1]), shape[-1]), lengths)
+        octaves = extras[0] if extras else np.zeros(shape[0] * units, np.int64)
+        grid = cls(
+            step=unpack_parameter(tensors["step"], facts["step_exponent"]).reshape(()).to(device),
+            octaves=torch.from_numpy(octaves).reshape(shape[0], units).to(device),
+            dead=torch.zeros(shape[0], shape[-1], dtype=torch.bool, device=device),
+            octave_parts=int(facts["octave_parts"]),
+            unit_size=int(facts["unit_size"]),
+            code_max=int(facts["code_max"]),
+            parameter_bits=int(facts["parameter_bits"]),
+        )
+        dtype = torch.int16 if grid.code_max < 2**15 else torch.int32
+        return grid, torch.from_numpy(matrix).to(dtype).reshape(shape).to(device)
+
+    def storage_bits(self, codes: Tensor) -> dict[str, int]:
+        return {"codes": 8 * len(self.stream(codes)), "parameters": self.parameter_bits}
