@@ -24,6 +24,7 @@ from ptq.grids.grid import Grid
 from ptq.methods.method import GridSpec
 from ptq.problem import LayerProblem
 from ptq.solvers.nearest import nearest
+from ptq.solvers.solution import Solution
 from ptq.storage import pack_parameter, unpack_parameter
 
 COLUMN_BITS = 16  # stored width of a column scale
@@ -64,8 +65,10 @@ class AWQ:
             if best is None or error < least:
                 best, least = scaled, error
         assert best is not None
-        best = self._clipped(problem, grid, bits, group_size, best)
-        return nearest(problem, best), best
+        if not self.shrink:
+            return nearest(problem, best), best
+        clipped = self._clipped(problem, grid, bits, group_size, best)
+        return clipped.codes, clipped.grid
 
     def _fit(
         self,
@@ -86,7 +89,7 @@ class AWQ:
 
     def _clipped(
         self, problem: LayerProblem, grid: GridSpec, bits: float, group_size: int | None, fitted: ColumnScaled
-    ) -> ColumnScaled:
+    ) -> Solution:
         """`fitted` with each unit clipped as its own inputs like best, in the rows that gain by it in all."""
         scale = fitted.column_scale
         largest = magnitudes(problem.T / scale, group_size, shared=fitted.shared)
@@ -103,10 +106,8 @@ class AWQ:
             least = torch.where(better, error, least)
         clip = (factors * largest)[..., columns]
         clipped = self._fit(problem, grid, bits, group_size, scale, clip)
-        error, before = (problem.error(g.values(nearest(problem, g))) for g in (clipped, fitted))
-        if fitted.shared:
-            return clipped if error.sum() < before.sum() else fitted
-        return clipped.where(error < before, fitted)
+        plain, tried = (Solution(problem, g, nearest(problem, g)) for g in (fitted, clipped))
+        return plain.or_better(tried)
 
 
 def column_scale(problem: LayerProblem, exponent: float) -> Tensor:
