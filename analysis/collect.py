@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.names import method_order
+from analysis.protocol import PROTOCOL, protocol
 
 # Keys of the config that say where a job runs or writes, not what it computes.
 NOT_A_CHOICE = {
@@ -72,6 +73,7 @@ COLUMNS = [
     "error",
     "config_hash",
     "path",
+    *PROTOCOL,
 ]
 
 LAYER_COLUMNS = [
@@ -315,6 +317,7 @@ def _row(record: Record, method: str, image_metric: str) -> dict[str, Any]:
         "error": record.error,
         "config_hash": record.config_hash,
         "path": str(record.path),
+        **protocol(content, config),
     }
 
 

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from analysis import savings_table, tables
+from analysis import paper_table, savings_table, tables
 from analysis.bits_saved import bits_saved
 from analysis.collect import aggregate, collect_all
+from analysis.compare import compare
 from analysis.curves import curve_points, write_curves, write_layer_errors
 from analysis.files import write_csv, write_text
 from analysis.names import method_order
+from analysis.papers import papers, published
 
 
 class NoRecordsError(ValueError):
@@ -21,15 +23,20 @@ class NoRecordsError(ValueError):
 
 @dataclass(frozen=True)
 class Report:
-    """What was written: the Markdown table, every file, and a line per record that gave no result."""
+    """What was written: the Markdown tables, every file, and a line per record that gave no result."""
 
     markdown: str
     paths: list[Path]
     problems: list[str]
+    paper: str = ""  # the published numbers beside ours, where a paper was asked for
 
     def text(self) -> str:
         """The report as the command prints it."""
-        parts = [self.markdown, "Written:\n" + "\n".join(f"  {path}" for path in self.paths)]
+        parts = [
+            self.markdown,
+            *filter(None, [self.paper]),
+            "Written:\n" + "\n".join(f"  {path}" for path in self.paths),
+        ]
         if self.problems:
             parts.append(
                 f"Problems ({len(self.problems)}):\n" + "\n".join(f"  {line}" for line in self.problems)
@@ -42,13 +49,17 @@ class UnknownBaselineError(ValueError):
 
 
 def write_report(
-    dirs: list[Path], output: Path | None = None, metric: str | None = None, baseline: str | None = None
+    dirs: list[Path],
+    output: Path | None = None,
+    metric: str | None = None,
+    baseline: str | None = None,
+    paper: str | None = None,
 ) -> Report:
     """Read every record under `dirs`; write tables and figures into `output`, by default `dirs[0]`.
 
     `metric` is for image models, by default top1; language models have perplexity. `baseline` is the method
-    that bits are saved against, by default rtn where a model has it, else its first. Raises NoRecordsError
-    and UnknownBaselineError.
+    that bits are saved against, by default rtn where a model has it, else its first. `paper` names published
+    numbers to set beside ours. Raises NoRecordsError, UnknownBaselineError and UnknownPaperError.
     """
     for folder in dirs:
         if not folder.is_dir():
@@ -79,7 +90,16 @@ def write_report(
         *write_curves(cells, folder),
         *write_layer_errors(found.layers, cells, folder),
     ]
-    return Report(table, paths, found.problems)
+    beside = ""
+    if paper:
+        rows = compare(published(paper), found.frame)
+        beside = paper_table.markdown(rows, paper)
+        paths += [
+            write_text(folder / f"paper_{paper}.md", beside),
+            write_csv(folder / f"paper_{paper}.csv", rows),
+            write_text(folder / f"paper_{paper}.tex", paper_table.latex(rows, paper)),
+        ]
+    return Report(table, paths, found.problems, beside)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -95,9 +115,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--baseline", metavar="NAME", help="method that bits are saved against; default: rtn, else the first"
     )
+    parser.add_argument(
+        "--paper",
+        choices=papers(),
+        help="set this paper's published numbers beside ours in tables of their own",
+    )
     options = parser.parse_args(argv)
     try:
-        report = write_report(options.dirs, options.output, options.metric, options.baseline)
+        report = write_report(options.dirs, options.output, options.metric, options.baseline, options.paper)
     except (NoRecordsError, UnknownBaselineError) as error:
         raise SystemExit(f"ptq-report: {error}") from None
     print(report.text())
