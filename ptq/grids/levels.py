@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ptq.grids.affine import normal_equations, solve_ridged
 from ptq.grids.grid import code_dtype
-from ptq.grids.lookup import nearest_level
 from ptq.grids.shapes import Function, Layout, table
 from ptq.storage import pack_codes, pack_parameter, unpack_codes, unpack_parameter
 
@@ -86,10 +85,11 @@ class LevelGrid:
         return self.per_tensor
 
     def _tables(self) -> Tensor:
-        """[tables, levels] in the scale's dtype: row `_index()` is a unit's table."""
+        """[tables, levels] in the scale's dtype: row `table_index()` is a unit's table."""
         return self.pool.tables(self.scale.dtype, self.scale.device).flatten(0, 1)
 
-    def _index(self) -> Tensor:
+    def table_index(self) -> Tensor:
+        """Number of each unit's table among all of the pool, in the broadcast shape of function and t."""
         return self.function * self.pool.t_steps + self.t
 
     def _columns(self, parameter: Tensor) -> Tensor:
@@ -112,12 +112,14 @@ class LevelGrid:
     def round(self, W: Tensor) -> Tensor:
         x = W if self.offset is None else W - self._columns(self.offset)
         x = x / self._columns(_divisor(self.scale))
-        tables, index = self._tables(), self._index()
+        tables, index = self._tables(), self.table_index()
         if index.numel() == 1:
-            codes = nearest_level(x.reshape(-1), tables[index.flatten()][0]).reshape(x.shape)
+            codes = torch.bucketize(x, _middles(tables[index.flatten()][0]), right=True)
         else:
-            codes = nearest_level(split_units(x, self._width(index)), tables[index])
-            codes = codes.flatten(-2)[..., : x.shape[-1]]
+            x = split_units(x, self._width(index))
+            # a search in each unit's table: at 16 levels and more quicker than comparing level by level
+            middles = _middles(tables)[index].expand(*x.shape[:-1], -1).contiguous()
+            codes = torch.searchsorted(middles, x, right=True).flatten(-2)[..., : W.shape[-1]]
         return codes.to(code_dtype(self))
 
     def _width(self, parameter: Tensor) -> int:
@@ -129,7 +131,7 @@ class LevelGrid:
 
     def levels(self, codes: Tensor) -> Tensor:
         """g of each code, [groups, out, in], before scale and offset."""
-        tables, index = self._tables(), self._index()
+        tables, index = self._tables(), self.table_index()
         if index.numel() == 1:
             return tables[index.flatten()][0][codes.long()]
         return tables.flatten()[codes + self._columns(index) * tables.shape[-1]]
@@ -142,13 +144,13 @@ class LevelGrid:
         scale = self._at(self.scale, column)
         offset = 0.0 if self.offset is None else self._at(self.offset, column)
         x = (w - offset) / _divisor(scale)
-        tables, index = self._tables(), self._at(self._index(), column)
+        tables, index = self._tables(), self._at(self.table_index(), column)
         if index.numel() == 1:
             levels = tables[index.flatten()][0]
-            codes = torch.bucketize(x, (levels[1:] + levels[:-1]) / 2, right=True)
+            codes = torch.bucketize(x, _middles(levels), right=True)
             return codes, levels[codes] * scale + offset
         levels = tables[index.expand(x.shape)]  # [groups, out, levels]
-        codes = torch.searchsorted((levels[..., 1:] + levels[..., :-1]) / 2, x[..., None], right=True)
+        codes = torch.searchsorted(_middles(levels), x[..., None], right=True)
         return codes[..., 0], levels.gather(-1, codes)[..., 0] * scale + offset
 
     def refit(self, codes: Tensor, W: Tensor, H: Tensor) -> LevelGrid:
@@ -318,6 +320,11 @@ class LevelGrid:
 def split_units(x: Tensor, width: int) -> Tensor:
     """x [..., in] as [..., units, width], zeros after a ragged end."""
     return torch.nn.functional.pad(x, (0, -x.shape[-1] % width)).unflatten(-1, (-1, width))
+
+
+def _middles(levels: Tensor) -> Tensor:
+    """Where the nearest level changes, [..., levels − 1]."""
+    return (levels[..., 1:] + levels[..., :-1]) / 2
 
 
 def _divisor(scale: Tensor) -> Tensor:

@@ -27,6 +27,9 @@ from ptq.grids.shapes import TABLES, Function, Layout
 
 MOST_BITS = 8  # a table of more levels is no table
 INPUT_RIDGE = 0.01  # of mean diag(H), so that a dead input's weight still counts
+RANKED_UNITS = 1024  # units that choose a layer's function when it has more
+AT_ONCE = 2**20  # elements of the histograms and weights worked on at once: what a cache holds
+SOLVABLE = 1e-6  # determinant, relative, below which a unit's levels are all one and its scale stays
 FIXED_POINT = 2.0**24  # histograms are sums of integers: equal on every device and in every order
 
 
@@ -125,20 +128,19 @@ class LevelPool:
         the weights' own error takes where it is missing (a unit refitted within a sweep, no calibration).
         """
         self.check(bits, group_size)
-        start = self._grid(W, int(bits), group_size)
-        weight = self._weights(W, H)
-        errors, best = self._search(start, W, weight)
-        if self.metric is not Metric.gram or H is None:
-            return self._polish(self._choose(start, W, weight, errors, best), W, weight)
-        order = errors.amin(-1).sum((0, 1, 2)).argsort(stable=True).tolist()
-        grids = []
-        for k in order[: self.finalists]:
-            only = torch.full_like(errors, torch.inf)
-            only[..., k, :] = errors[..., k, :]
-            grids.append(self._polish(self._choose(start, W, weight, only, best), W, weight))
+        start, weight = self._grid(W, int(bits), group_size), self._weights(W, H)
+        every = list(range(len(self.functions)))
+        finalists = self.finalists if self.metric is Metric.gram and H is not None else 0
         if self.function_scope is not Scope.layer:
-            grids.insert(0, self._polish(self._choose(start, W, weight, errors, best), W, weight))
-        return self._best_in_full(grids, W, H)
+            tried = [every]
+            if finalists:
+                tried += [[k] for k in self._ranked(start, W, weight)[:finalists]]
+        elif len(every) == 1:
+            tried = [every]
+        else:
+            tried = [[k] for k in self._ranked(start, W, weight)[: max(finalists, 1)]]
+        grids = [self._polish(self._choose(start, W, weight, functions), W, weight) for functions in tried]
+        return self._best_in_full(grids, W, H) if finalists and H is not None else grids[0]
 
     def size(self, W: Tensor, bits: float, group_size: int | None = None) -> dict[str, int]:
         """Bits that W will take on this grid, {"codes", "parameters"}, without solving anything."""
@@ -191,129 +193,120 @@ class LevelPool:
         if not self.offset:
             return x.new_zeros(1, len(x))
         inside = weight > 0
-        middle = (x.where(inside, x.new_tensor(torch.inf)).amin(-1) / 2) + (
-            x.where(inside, x.new_tensor(-torch.inf)).amax(-1) / 2
-        )
+        low = x.where(inside, x.new_tensor(torch.inf)).amin(-1)
+        high = x.where(inside, x.new_tensor(-torch.inf)).amax(-1)
+        middle = low / 2 + high / 2
         if self.range is Range.min_max:
             return middle[None]
         return torch.stack([middle, (x * weight).sum(-1) / weight.sum(-1)])
 
-    def _search(self, grid: LevelGrid, W: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Least error of each unit for each function (and t, where t is chosen for several units), and the
-        candidate that has it: both [groups, out, units, functions, t or 1].
-        """
-        x, weight = self._units(grid, W, weight)
-        tables = _candidate_errors(grid.pool, self._factors(), x.device)  # [functions, nodes, t · factors]
-        functions, nodes, _ = tables.shape
-        steps = grid.pool.t_steps if self.t_scope is not Scope.group else 1
-        rows = max(1, 2**24 // max(nodes, x.shape[-1]))
-        errors, best = [], []
-        for top in range(0, len(x), rows):
-            part, part_weight = x[top : top + rows], weight[top : top + rows]
-            least: Tensor | None = None
-            for k, centre in enumerate(self._centres(part, part_weight)):
-                shifted = part - centre[:, None]
-                half = _half_range(shifted, part_weight)
-                histogram = _histogram(shifted, half, part_weight, nodes)
-                square = half.square().float()[:, None, None]
-                found = []
-                for table in tables:
-                    e = (histogram @ table).unflatten(-1, (steps, -1))  # [units, t or 1, rest]
-                    found.append(e.min(-1))
-                error = torch.stack([f.values for f in found], 1) * square[..., :1]
-                candidate = torch.stack([f.indices for f in found], 1) + k * tables.shape[-1] // steps
-                if least is None:
-                    least, arg = error, candidate
-                else:
-                    better = error < least
-                    least, arg = torch.where(better, error, least), torch.where(better, candidate, arg)
-            assert least is not None
-            errors.append(least)
-            best.append(arg)
-        shape = (*grid.scale.shape, functions, steps)
-        return torch.cat(errors).double().reshape(shape), torch.cat(best).reshape(shape)
-
     def _factors(self) -> tuple[float, ...]:
+        """What the search multiplies the largest distance from the centre by."""
         if self.range is Range.min_max or self.range_steps == 1:
             return (1.0,)
         return tuple(self.min_shrink ** (k / (self.range_steps - 1)) for k in range(self.range_steps))
 
-    def _choose(self, grid: LevelGrid, W: Tensor, weight: Tensor, errors: Tensor, best: Tensor) -> LevelGrid:
+    def _ranked(self, grid: LevelGrid, W: Tensor, weight: Tensor) -> list[int]:
+        """The functions by increasing error over the layer, or over evenly spaced rows of a large one."""
+        if not grid.per_tensor:
+            W = W[:, :: max(1, grid.scale.numel() // RANKED_UNITS)]
+            grid = self._grid(W, grid.pool.bits, grid.group_size)
+        errors, _ = self._search(grid, W, weight, list(range(len(self.functions))))
+        by_t = _sum(errors, self.t_scope).amin(-1)
+        return _sum(by_t, Scope.layer).flatten().argsort(stable=True).tolist()
+
+    def _search(
+        self, grid: LevelGrid, W: Tensor, weight: Tensor, functions: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Least error of each unit for each function (and t, where units share it), and the candidate that
+        has it, numbered by (centre, t unless shared, factor): both [groups, out, units, functions, t or 1].
+        """
+        x, weight = self._units(grid, W, weight)
+        tables = [_candidate_errors(grid.pool, k, self._factors(), x.device) for k in functions]
+        nodes, candidates = tables[0].shape
+        steps = 1 if self.t_scope is Scope.group else grid.pool.t_steps
+        rows = max(1, AT_ONCE // max(nodes, x.shape[-1]))
+        errors = x.new_full((len(x), len(tables), steps), torch.inf, dtype=torch.float64)
+        best = torch.zeros_like(errors, dtype=torch.int64)
+        for top in range(0, len(x), rows):
+            part = slice(top, top + rows)
+            for number, centre in enumerate(self._centres(x[part], weight[part])):
+                shifted = x[part] - centre[:, None]
+                half = _half_range(shifted, weight[part])
+                histogram = _histogram(shifted, half, weight[part], nodes)
+                for k, table in enumerate(tables):
+                    error, candidate = (histogram @ table).unflatten(-1, (steps, -1)).min(-1)
+                    error = error * half.double().square()[:, None]
+                    better = error < errors[part, k]
+                    errors[part, k] = torch.where(better, error, errors[part, k])
+                    candidate += number * candidates // steps
+                    best[part, k] = torch.where(better, candidate, best[part, k])
+        shape = (*grid.scale.shape, len(tables), steps)
+        return errors.reshape(shape), best.reshape(shape)
+
+    def _choose(self, grid: LevelGrid, W: Tensor, weight: Tensor, functions: list[int]) -> LevelGrid:
         """Function, t, range and offset with the least error, each by its scope."""
-        over = {Scope.layer: (0, 1, 2), Scope.channel: (2,), Scope.group: ()}
-        by_t = errors.sum(over[self.t_scope], keepdim=True) if over[self.t_scope] else errors
-        by_function, t = by_t.min(-1)  # [.., functions]
-        if over[self.function_scope]:
-            by_function = by_function.sum(over[self.function_scope], keepdim=True)
-        function = by_function.argmin(-1)  # [groups or 1, out or 1, units or 1]
-        chosen = function.expand(t.shape[:-1])
-        t = t.gather(-1, chosen[..., None])[..., 0]
-        every = (*grid.scale.shape, 1)
-        candidate = best.gather(
-            3, function.expand(every[:-1])[..., None, None].expand(*every, best.shape[-1])
-        )
-        candidate = candidate[..., 0, :].gather(-1, t.expand(every[:-1])[..., None])[..., 0]
+        errors, best = self._search(grid, W, weight, functions)
+        units = grid.scale.shape
+        by_function, t = _sum(errors, self.t_scope).min(-1)  # [.., functions]
+        choice = _sum(by_function, self.function_scope).argmin(-1, keepdim=True)
+        t = t.gather(-1, choice.expand(*t.shape[:-1], 1))[..., 0]
+        best = best.gather(3, choice[..., None].expand(*units, 1, best.shape[-1]))[..., 0, :]
         factors = torch.tensor(self._factors(), dtype=W.dtype, device=W.device)
         if self.t_scope is Scope.group:
-            per_centre = grid.pool.t_steps * len(factors)
-            t = candidate % per_centre // len(factors)
+            candidate = best[..., 0]
+            t = candidate // len(factors) % grid.pool.t_steps
+            number = candidate // len(factors) // grid.pool.t_steps
         else:
-            per_centre = len(factors)
+            candidate = best.gather(-1, t.expand(units)[..., None])[..., 0]
+            number = candidate // len(factors)
         x, weight = self._units(grid, W, weight)
-        centres = self._centres(x, weight)
-        centre = centres.gather(0, (candidate.reshape(1, -1) // per_centre))[0]
+        centre = self._centres(x, weight).gather(0, number.reshape(1, -1))[0]
         half = _half_range(x - centre[:, None], weight)
         scale = half * factors[(candidate % len(factors)).flatten()]
-        # a constant unit: the lowest level, −1, reaches its value
-        magnitude = (x * (weight > 0)).abs().amax(-1)
-        flat = half <= magnitude * torch.finfo(W.dtype).eps * 4
+        # a constant unit: its value is −1, the lowest level, on a scale of its own size
+        magnitude = _half_range(x, weight)
         if self.offset:
+            flat = half <= magnitude * torch.finfo(W.dtype).eps * 4
             scale, centre = torch.where(flat, magnitude, scale), torch.where(flat, centre + magnitude, centre)
         else:
-            value = x[:, 0]
-            constant = (((x - value[:, None]) * (weight > 0)) == 0).all(-1)
-            scale = torch.where(constant, -value, scale)
+            first = x[:, :1]  # of the whole unit: only its end is padded
+            flat = _half_range(x - first, weight) == 0
+            scale = torch.where(flat, -first[:, 0], scale)
         return replace(
             grid,
-            scale=scale.reshape(grid.scale.shape),
-            offset=centre.reshape(grid.scale.shape) if self.offset else None,
-            function=function,
+            scale=scale.reshape(units),
+            offset=centre.reshape(units) if self.offset else None,
+            function=torch.tensor(functions, device=W.device)[choice[..., 0]],
             t=t,
         ).as_stored()
 
     def _polish(self, grid: LevelGrid, W: Tensor, weight: Tensor) -> LevelGrid:
-        """Closed-form scale and offset for the nearest codes, as often as `refits`; kept where the error
-        falls.
-        """
-        error = self._error(grid, W, weight)
-        x, unit_weight = (u.double() for u in self._units(grid, W, weight))
-        for _ in range(self.refits):
-            g = self._units(grid, grid.levels(grid.round(W)), weight)[0].double()
-            total, sum_g, sum_gg = (
-                unit_weight.sum(-1),
-                (unit_weight * g).sum(-1),
-                (unit_weight * g * g).sum(-1),
+        """Scale and offset in closed form for the nearest codes, `refits` times; the best is kept."""
+        if not self.refits:
+            return grid
+        x, weight = self._units(grid, W, weight)
+        index = grid.table_index().expand(grid.scale.shape).flatten()
+        tables = grid.pool.tables(x.dtype, x.device).flatten(0, 1)
+        scale = grid.scale.flatten().clone()
+        offset = torch.zeros_like(scale) if grid.offset is None else grid.offset.flatten().clone()
+        rows = max(1, AT_ONCE // x.shape[-1])
+        for top in range(0, len(x), rows):
+            part = slice(top, top + rows)
+            scale[part], offset[part] = _alternate(
+                x[part],
+                weight[part],
+                tables[index[part]],
+                scale[part],
+                offset[part],
+                self.refits,
+                with_offset=grid.offset is not None,
             )
-            sum_x, sum_gx = (unit_weight * x).sum(-1), (unit_weight * g * x).sum(-1)
-            old_scale = grid.scale.flatten().double()
-            if grid.offset is None:
-                scale = torch.where(sum_gg > 0, sum_gx / sum_gg, old_scale)
-                offset = None
-            else:
-                determinant = total * sum_gg - sum_g.square()
-                solvable = determinant > 1e-9 * total * sum_gg
-                scale = torch.where(solvable, (total * sum_gx - sum_g * sum_x) / determinant, old_scale)
-                offset = ((sum_x - scale * sum_g) / total).to(W.dtype).reshape(grid.scale.shape)
-            new = replace(grid, scale=scale.to(W.dtype).reshape(grid.scale.shape), offset=offset).as_stored()
-            new_error = self._error(new, W, weight)
-            better = new_error < error
-            grid, error = new.where_units(better, grid), torch.where(better, new_error, error)
-        return grid
-
-    def _error(self, grid: LevelGrid, W: Tensor, weight: Tensor) -> Tensor:
-        """Weighted error of nearest rounding of each unit, in the scale's shape."""
-        r, unit_weight = self._units(grid, W - grid.values(grid.round(W)), weight)
-        return (r.double().square() * unit_weight).sum(-1).reshape(grid.scale.shape)
+        return replace(
+            grid,
+            scale=scale.reshape(grid.scale.shape),
+            offset=None if grid.offset is None else offset.reshape(grid.scale.shape),
+        ).as_stored()
 
     def _best_in_full(self, grids: list[LevelGrid], W: Tensor, H: Tensor) -> LevelGrid:
         """The grid with the least tr(R H Rᵀ) after refits under H, for the layer or for each row."""
@@ -344,6 +337,57 @@ def _full_error(grid: LevelGrid, W: Tensor, H: Tensor) -> Tensor:
     return error.sum().reshape(1, 1) if grid.shared else error
 
 
+def _sum(x: Tensor, scope: Scope) -> Tensor:
+    """Sums of x [groups, out, units, …] over what shares a choice of that scope, 1 in these dimensions."""
+    dims = {Scope.layer: (0, 1, 2), Scope.channel: (2,), Scope.group: ()}[scope]
+    return x.sum(dims, keepdim=True) if dims else x
+
+
+def _alternate(
+    x: Tensor,
+    weight: Tensor,
+    tables: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    rounds: int,
+    *,
+    with_offset: bool,
+) -> tuple[Tensor, Tensor]:
+    """Scale and offset [units] with the least weighted error met while nearest codes on tables [units,
+    levels] and least squares take turns; without an offset it stays 0.
+    """
+    middles = (tables[:, 1:] + tables[:, :-1]) / 2
+    total = weight.sum(-1)
+    least = torch.full_like(total, torch.inf)
+    best = scale, offset
+    for remaining in reversed(range(rounds + 1)):
+        divisor = torch.where(scale == 0, torch.ones_like(scale), scale)[:, None]
+        codes = torch.searchsorted(middles, (x - offset[:, None]) / divisor, right=True)
+        g = tables.gather(-1, codes)
+        residual = torch.addcmul(x - offset[:, None], g, scale[:, None], value=-1)
+        error = (weight * residual).mul_(residual).sum(-1)
+        better = error < least
+        least = torch.where(better, error, least)
+        best = torch.where(better, scale, best[0]), torch.where(better, offset, best[1])
+        if not remaining:
+            break
+        # the step from here: least squares of the residual, which is small where x may not be
+        weighted = weight * g
+        sum_g, sum_gg = weighted.sum(-1), (weighted * g).sum(-1)
+        sum_r, sum_gr = (weight * residual).sum(-1), (weighted * residual).sum(-1)
+        if with_offset:
+            determinant = total * sum_gg - sum_g.square()
+            numerator = total * sum_gr - sum_g * sum_r
+            solvable = determinant > SOLVABLE * total * sum_gg
+        else:
+            determinant, numerator, solvable = sum_gg, sum_gr, sum_gg > 0
+        step = torch.where(solvable, numerator / determinant.where(solvable, torch.ones_like(total)), 0)
+        scale = scale + step
+        if with_offset:
+            offset = offset + (sum_r - step * sum_g) / total
+    return best
+
+
 def _half_range(x: Tensor, weight: Tensor) -> Tensor:
     """Largest magnitude of each unit, [units]."""
     return (x * (weight > 0)).abs().amax(-1)
@@ -365,19 +409,16 @@ def _histogram(x: Tensor, half: Tensor, weight: Tensor, nodes: int) -> Tensor:
     return counts.float() / FIXED_POINT
 
 
-@lru_cache(maxsize=8)
-def _candidate_errors(pool: Pool, factors: tuple[float, ...], device: torch.device) -> Tensor:
-    """Squared distance of each histogram node from the nearest level of each candidate,
-    [functions, nodes, t · factors] float32.
+@lru_cache(maxsize=128)
+def _candidate_errors(pool: Pool, function: int, factors: tuple[float, ...], device: torch.device) -> Tensor:
+    """Squared distance of each histogram node from the nearest level of each candidate of one function,
+    [nodes, t · factors] float32.
     """
     nodes = min(max(2**pool.bits * 32, 512), 2048)
     x = torch.linspace(-1, 1, nodes, dtype=torch.float64, device=device)
     factor = torch.tensor(factors, dtype=torch.float64, device=device)[:, None]
     scaled = (x / factor).flatten()  # [factors · nodes]
-    tables = pool.tables(torch.float64, device)
-    errors = []
-    for levels in tables:  # [t, levels]
-        near = levels.gather(-1, nearest_level(scaled.expand(len(levels), -1), levels))
-        distance = (near.unflatten(-1, (-1, nodes)) * factor - x).square()  # [t, factors, nodes]
-        errors.append(distance.flatten(0, 1).mT.float().contiguous())
-    return torch.stack(errors)
+    levels = pool.tables(torch.float64, device)[function]  # [t, levels]
+    near = levels.gather(-1, nearest_level(scaled.expand(len(levels), -1), levels))
+    distance = (near.unflatten(-1, (-1, nodes)) * factor - x).square()  # [t, factors, nodes]
+    return distance.flatten(0, 1).mT.float().contiguous()
