@@ -24,6 +24,7 @@ from ptq.calibration import Calibration, GramAccumulator, Inputs, NoCalibration,
 from ptq.errors import InputError
 from ptq.grids.grid import Grid
 from ptq.layers import names_of, quantized_layer, replace_module, weight_matrix
+from ptq.limit import limit_bits
 from ptq.methods.method import GridSpec, LayerMethod, check_pair
 from ptq.models.adapter import ModelAdapter
 from ptq.plan import (
@@ -300,12 +301,19 @@ class _Walk:
         quantized = quantized_layer(layer, grid, codes).to(self.device)
         for alias in names_of(self.student, layer):
             replace_module(self.student, alias, quantized)
+        relative_error, limit = problem.relative_error(W_hat), None
+        if isinstance(self.calibration, Calibration) and relative_error > 0:
+            started = time.perf_counter()
+            limit = limit_bits(problem.H, problem.T, relative_error)
+            spent = self.report.seconds
+            spent["limit"] = spent.get("limit", 0.0) + time.perf_counter() - started
         self.report.layers.append(
             LayerReport(
                 name=name,
                 shape=list(problem.W.shape),
                 bits=width,
-                relative_error=problem.relative_error(W_hat),
+                relative_error=relative_error,
+                limit_bits=limit,
                 storage_bits=grid.storage_bits(codes),
                 seconds=seconds,
             )

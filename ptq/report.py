@@ -17,7 +17,8 @@ class LayerReport:
     name: str
     shape: list[int]  # W [groups, out, in]
     bits: float
-    relative_error: float
+    relative_error: float  # as the method left it, before any tuning
+    limit_bits: float | None  # rate at which no Gaussian code does better (ptq/limit.py); None without data
     storage_bits: dict[str, int]
     seconds: float
 
