@@ -14,7 +14,7 @@ from analysis.tables import latex_escape, markdown_rows, split_by_model
 NOTE = (
     "Bits saved: stored bits per coefficient that the baseline needs more than the method, averaged over the "
     "results that both reach; in brackets the 95 % bootstrap interval. Bits at a drop: stored bits that keep "
-    "the result within that drop of float, in parentheses the saving; > and < are bounds where no width "
+    "the result within that drop of float, in parentheses the saving; > and ≤ are bounds where no width "
     "measured is near enough, nothing is extrapolated. Above the limit: stored bits of the layers less the "
     "Gaussian rate-distortion function at their error."
 )
@@ -73,7 +73,7 @@ def latex(savings: pd.DataFrame) -> str:
             continue
         header, *rows = [[latex_escape(text) for text in row] for row in _rows(block)]
         lines += [_latex_line(header), "\\midrule", *map(_latex_line, rows)]
-    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", f"% {NOTE}"]) + "\n"
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", f"% {latex_escape(NOTE)}"]) + "\n"
 
 
 def _latex_line(entries: list[str]) -> str:
@@ -155,7 +155,7 @@ def _bound(low: float, high: float) -> str:
     elif math.isfinite(low):
         text = f"> {low:.2f}"
     elif math.isfinite(high):
-        text = f"< {high:.2f}"
+        text = f"≤ {high:.2f}"
     else:
         return MISSING
     return text.replace("-", "−")

@@ -172,6 +172,16 @@ def test_report_prints_the_table_of_each_model(tmp_path: Path) -> None:
     assert table.loc["comq", "above_limit"] == pytest.approx(0.875)
 
 
+def test_bounds_are_printed_as_bounds(tmp_path: Path) -> None:
+    rtn = [record(method="rtn", bits=b, stored=float(b), result=r) for b, r in ((3, 90.0), (4, 97.5))]
+    comq = [record(method="comq", bits=b, stored=float(b), result=r) for b, r in ((2, 97.2), (3, 98.2))]
+    text = write_report([write(tmp_path, *rtn, *comq)]).markdown
+    lines = [line for line in text.splitlines() if "bits at" in line or line.startswith("| rtn")]
+    assert "> 4.00" in lines[-1]  # −0.5 points is out of its reach
+    entries = [entry.strip() for entry in text[text.index("Bits saved against") :].split("|")]
+    assert "≤ 2.00 (> 1.87)" in entries  # −2 points: comq has 97.2 at 2 bits, rtn 96.5 at 3.87
+
+
 def test_an_unknown_baseline_is_refused(tmp_path: Path) -> None:
     write(tmp_path, *shifted(0.5))
     with pytest.raises(SystemExit, match="no result of the baseline 'gptq'; methods with results: rtn, comq"):
