@@ -14,7 +14,7 @@ Shapes: codes [rows, columns]; levels of rows [rows] and of columns [columns].
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import constriction
@@ -34,6 +34,7 @@ SIDE_LEVEL = 4  # scale class of the differences that say levels and other side 
 FIRST_CHUNK, CHUNK_GROWTH = 16, 1.5
 PRIOR_WEIGHT = 24.0  # codes that the starting model counts for
 TAIL = 0.06  # share of the wider tail in the starting model
+SHORT = 2**13  # bytes of a stream whose end is worth a search
 FINE = 6.0  # a class keeps its codes whole up to this scale; beyond, low bits are coded as they are
 
 
@@ -41,36 +42,44 @@ FINE = 6.0  # a class keeps its codes whole up to this scale; beyond, low bits a
 class Layout:
     """Which side information a stream has: the encoder's choice, one byte of the stream."""
 
-    rows: bool
-    columns: bool
+    rows: int  # 0 or 1: levels of rows are there
+    columns: int
     coarse: int  # levels are multiples of 2^coarse
-    skewed: bool  # positive and negative codes are counted apart
+    skewed: int  # 1: positive and negative codes are counted apart
 
     def byte(self) -> int:
         return self.rows | self.columns << 1 | self.coarse << 2 | self.skewed << 4
 
     @classmethod
     def of(cls, byte: int) -> Layout:
-        return cls(bool(byte & 1), bool(byte & 2), byte >> 2 & 3, bool(byte & 16))
-
-
-LAYOUTS = [
-    Layout(rows, columns, coarse, False)
-    for rows, columns in ((False, False), (True, False), (False, True), (True, True))
-    for coarse in ((0,) if not (rows or columns) else (0, 1, 2))
-]
+        return cls(byte & 1, byte >> 1 & 1, byte >> 2 & 3, byte >> 4 & 1)
 
 
 def encode(codes: Ints, extras: list[Ints]) -> bytes:
-    """The shortest stream, over all layouts, of codes [rows, columns] and of further lists of integers."""
-    best = b""
-    for layout in LAYOUTS:
-        stream = _encode(codes, extras, layout)
-        if not best or len(stream) < len(best):
-            best = stream
+    """A short stream of codes [rows, columns] and of further lists of integers: the best of several layouts,
+    one choice after the other.
+    """
+    best = min((_encode(codes, extras, Layout(r, c, 1, 0)) for r in (0, 1) for c in (0, 1)), key=len)
     layout = Layout.of(best[0])
-    skewed = _encode(codes, extras, Layout(layout.rows, layout.columns, layout.coarse, True))
-    return skewed if len(skewed) < len(best) else best
+    finer = [replace(layout, coarse=coarse) for coarse in (0, 2) if layout.rows or layout.columns]
+    best = min([best, *(_encode(codes, extras, other) for other in finer)], key=len)
+    skewed = _encode(codes, extras, replace(Layout.of(best[0]), skewed=1))
+    return _trimmed(min(best, skewed, key=len), codes, extras)
+
+
+def _trimmed(stream: bytes, codes: Ints, extras: list[Ints]) -> bytes:
+    """A short stream without the last bytes that make no difference: few codes feel every byte."""
+    lengths = [len(extra) for extra in extras]
+    while 2 < len(stream) <= SHORT:
+        try:
+            again, extras_again = decode(stream[:-1], (codes.shape[0], codes.shape[1]), lengths)
+        except InputError:
+            break
+        pairs = zip([codes, *extras], [again, *extras_again], strict=True)
+        if not all(np.array_equal(one, other) for one, other in pairs):
+            break
+        stream = stream[:-1]
+    return stream
 
 
 def decode(stream: bytes, shape: tuple[int, int], extra_lengths: list[int]) -> tuple[Ints, list[Ints]]:
@@ -79,7 +88,7 @@ def decode(stream: bytes, shape: tuple[int, int], extra_lengths: list[int]) -> t
         raise InputError(f"a stream of {len(stream)} bytes is too short; the file is damaged")
     layout, base = Layout.of(stream[0]), stream[1] + LOWEST_LEVEL
     payload = stream[2:] + b"\xff" * (-len(stream[2:]) % 4 + 8)
-    reader = _Reader(RangeDecoder(np.frombuffer(payload, ">u4").astype(np.uint32)), layout.skewed)
+    reader = _Reader(RangeDecoder(np.frombuffer(payload, ">u4").astype(np.uint32)), bool(layout.skewed))
     try:
         extras = [reader.side(length) for length in extra_lengths]
         rows = reader.side(shape[0]) if layout.rows else np.zeros(shape[0], np.int64)
@@ -101,7 +110,7 @@ def entropy(codes: Ints) -> float:
 
 def _encode(codes: Ints, extras: list[Ints], layout: Layout) -> bytes:
     rows, columns, base = _levels(codes, layout)
-    writer = _Writer(layout.skewed)
+    writer = _Writer(bool(layout.skewed))
     for extra in extras:
         writer.side(extra)
     if layout.rows:
@@ -113,9 +122,7 @@ def _encode(codes: Ints, extras: list[Ints], layout: Layout) -> bytes:
         writer.codes(flat[members], level)
     words = writer.encoder.get_compressed()
     payload = words.astype(">u4").tobytes().rstrip(b"\xff")
-    # the last word only has to fall inside the final interval: fewer bytes of it may do
-    stream = bytes([layout.byte(), base - LOWEST_LEVEL]) + payload
-    return stream
+    return bytes([layout.byte(), base - LOWEST_LEVEL]) + payload
 
 
 def _levels(codes: Ints, layout: Layout) -> tuple[Ints, Ints, int]:

@@ -11,13 +11,13 @@ Shapes: W, codes [groups, out, in]; octaves [groups, units], a unit being `group
 from __future__ import annotations
 
 import math
+import zlib
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
 import numpy as np
 import torch
-import zlib
 from torch import Tensor
 
 from ptq import coding
@@ -45,7 +45,8 @@ class Entropy:
 
     steps: Steps
     octave_parts: int  # a unit's step is the layer's times 2^(k / octave_parts); 4 costs 0.004 bit
-    damping: float  # of H where the units' steps are found, as a fraction of its mean diagonal
+    act_order: bool  # for steps=columns: as in the error feedback that is to follow
+    damping: float  # likewise, of H, as a fraction of its mean diagonal
     zero_dead: bool  # weights of inputs that are always zero become 0, which costs next to nothing
     tolerance: float  # bits that the stored rate may differ from the target
     parameter_bits: int  # of the layer's step: 16 or 32
@@ -105,9 +106,16 @@ class Entropy:
         units = math.ceil(in_features / size)
         if self.steps is Steps.layer or H is None or not bool((H.diagonal(dim1=-2, dim2=-1) > 0).any()):
             return torch.zeros(groups, units, dtype=torch.int64, device=W.device)
+        diagonal = H.diagonal(dim1=-2, dim2=-1)
+        visit = torch.arange(in_features, device=H.device).expand(groups, -1)
+        if self.act_order:
+            visit = diagonal.argsort(dim=-1, descending=True, stable=True)
+        ordered = H.double().gather(1, visit[:, :, None].expand_as(H))
+        ordered = ordered.gather(2, visit[:, None, :].expand_as(H))
         # 1 / U_ii² is the variance of input i that the inputs after it leave unexplained
-        U = inverse_factor(H.double(), self.damping, "the grid's layer").diagonal(dim1=-2, dim2=-1)
-        logarithm = torch.nn.functional.pad(U.log2(), (0, units * size - in_features), value=math.nan)
+        U = inverse_factor(ordered, self.damping, "the grid's layer").diagonal(dim1=-2, dim2=-1)
+        logarithm = torch.empty_like(U).scatter_(-1, visit, U.log2())
+        logarithm = torch.nn.functional.pad(logarithm, (0, units * size - in_features), value=math.nan)
         mean = logarithm.reshape(groups, units, size).nanmean(-1)
         octaves = ((mean - mean.median()) * self.octave_parts).round().long()
         farthest = FARTHEST_OCTAVE * self.octave_parts
@@ -174,11 +182,11 @@ class EntropyGrid:
         return codes.to(self.step.dtype) * self._steps()[:, None]
 
     def round_column(self, w: Tensor, column: int | Tensor) -> tuple[Tensor, Tensor]:
-        steps = self._steps()
         if isinstance(column, int):
-            step, dead = steps[:, column, None], self.dead[:, column, None]
+            octaves, dead = self.octaves[:, column // self.unit_size, None], self.dead[:, column, None]
         else:
-            step, dead = steps.gather(-1, column), self.dead.gather(-1, column)
+            octaves, dead = self.octaves.gather(-1, column // self.unit_size), self.dead.gather(-1, column)
+        step = (self.step.double() * torch.exp2(octaves.double() / self.octave_parts)).to(self.step.dtype)
         codes = (w / step).round_().clamp_(self.code_min, self.code_max).masked_fill_(dead, 0)
         return codes, codes * step
 
@@ -202,7 +210,7 @@ class EntropyGrid:
     def reaching(self, W: Tensor) -> EntropyGrid:
         """The grid with integers that hold W and what error feedback may add to it: 16 bits mostly."""
         largest = float((W.abs() / self._steps()[:, None]).max())
-        return replace(self, code_max=2**15 - 1 if largest < 2**11 else 2**24 - 1)
+        return replace(self, code_max=2**15 - 1 if largest < 2**11 else 2**30)
 
     def where(self, better: Tensor, other: EntropyGrid) -> EntropyGrid:
         """Rows share all steps: `self` if it is better for every row."""

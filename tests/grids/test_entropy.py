@@ -1,0 +1,186 @@
+"""The entropy grid: files to the bit, the rate that was asked for, every kind of layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import ptq
+from ptq.checkpoint import quantized_bytes
+from ptq.errors import InputError
+from ptq.grids.entropy import EntropyGrid
+from ptq.rate import quantize_to_rate
+from tests.conftest import random_problem
+
+GRIDS = ["entropy", "entropy_columns"]
+
+
+def stored_rate(grid: EntropyGrid, codes: torch.Tensor) -> float:
+    return sum(grid.storage_bits(codes).values()) / codes.numel()
+
+
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("bits", [0.5, 2, 3.7, 12])
+@pytest.mark.parametrize("shape", [(2, 7, 13), (1, 1, 1), (9, 1, 9), (1, 40, 70)], ids=str)
+def test_values_come_back_exactly_and_through_storage(choice, name: str, bits: float, shape: tuple) -> None:
+    problem = random_problem(shape[1], shape[2], groups=shape[0], dtype=torch.float32)
+    for group_size in [None, 4] if name == "entropy_columns" else [None]:
+        grid = choice("grid", name).fit(problem.W, bits, group_size, problem.H)
+        codes = grid.round(problem.W)
+        values = grid.values(codes)
+        assert torch.equal(grid.round(values), codes)
+        for column in (0, shape[2] - 1):
+            code, value = grid.round_column(problem.W[..., column], column)
+            assert torch.equal(code.to(codes.dtype), codes[..., column])
+            assert torch.equal(value, values[..., column])
+        tensors, facts = grid.storage(codes)
+        again, codes_again = EntropyGrid.from_storage(tensors, facts)
+        assert codes_again.dtype == codes.dtype
+        assert torch.equal(codes_again, codes)
+        assert torch.equal(again.values(codes_again), values)
+        stored = 8 * sum(t.numel() * t.element_size() for t in tensors.values())
+        assert stored == sum(grid.storage_bits(codes).values())
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_error_is_at_most_half_a_step_and_nothing_is_clipped(choice, name: str) -> None:
+    problem = random_problem(9, 40)
+    W = problem.W.clone()
+    W[0, 0, 0] = 1e5
+    grid = choice("grid", name).fit(W, 2, None, problem.H)
+    error = (W - grid.values(grid.round(W))).abs()
+    assert float((error / (grid.step * grid.columns()[:, None])).max()) <= 0.5 + 1e-6
+    assert grid.round(W).dtype is torch.int32
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq", "watersic"])
+@pytest.mark.parametrize("bits", [1.0, 2.0, 3.3])
+def test_the_stored_rate_is_the_one_asked_for(choice, method: str, bits: float) -> None:
+    """Within 0.005 bit on 64 k weights."""
+    problem = random_problem(512, 128, dtype=torch.float32)
+    errors = []
+    for name in GRIDS:
+        codes, grid = quantize_to_rate(choice("method", method), problem, choice("grid", name), bits, None)
+        assert abs(stored_rate(grid, codes) - bits) <= 0.005
+        errors.append(problem.relative_error(grid.values(codes)))
+    fixed = choice("method", "gptq").quantize_layer(problem, choice("grid", "symmetric"), round(bits), None)
+    if method != "rtn" and bits <= 3:
+        assert max(errors) < problem.relative_error(fixed[1].values(fixed[0]))
+
+
+@pytest.mark.parametrize("shape", [(16, 9), (40, 24)], ids=str)
+def test_small_layers_come_near_the_rate(choice, shape: tuple[int, int]) -> None:
+    """A byte of 144 codes is 0.06 bit: within two bytes."""
+    problem = random_problem(*shape, dtype=torch.float32)
+    codes, grid = quantize_to_rate(choice("method", "gptq"), problem, choice("grid", "entropy"), 3, None)
+    assert abs(stored_rate(grid, codes) - 3) <= max(0.005, 16.1 / codes.numel())
+
+
+def test_rate_falls_as_the_step_grows(choice) -> None:
+    problem = random_problem(64, 48)
+    grid = choice("grid", "entropy").fit(problem.W, 4)
+    rates = []
+    for k in range(8):
+        coarser = grid.scaled(1.5**k)
+        rates.append(stored_rate(coarser, coarser.round(problem.W)))
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_a_high_rate_gives_the_weights(choice) -> None:
+    problem = random_problem(20, 30)
+    codes, grid = quantize_to_rate(choice("method", "gptq"), problem, choice("grid", "entropy"), 16, None)
+    assert problem.relative_error(grid.values(codes)) < 1e-3
+
+
+def test_steps_of_columns_beat_one_step_where_inputs_differ(choice) -> None:
+    """On a layer whose inputs differ by orders of magnitude, at the same stored rate."""
+    problem = random_problem(256, 64, dtype=torch.float32)
+    gains = torch.logspace(-2, 1, 64, dtype=torch.float64)
+    problem = ptq.problem.LayerProblem("gains", problem.W, problem.H * gains[:, None] * gains)
+    errors = {}
+    for method, name in (("gptq", "entropy"), ("gptq", "entropy_columns"), ("watersic", "entropy_columns")):
+        codes, grid = quantize_to_rate(choice("method", method), problem, choice("grid", name), 2, None)
+        errors[method, name] = problem.relative_error(grid.values(codes))
+    assert errors["gptq", "entropy_columns"] < 0.9 * errors["gptq", "entropy"]
+    assert errors["watersic", "entropy_columns"] < errors["gptq", "entropy_columns"]
+
+
+def test_dead_inputs_cost_next_to_nothing(choice) -> None:
+    problem = random_problem(64, 48, dtype=torch.float32)
+    H = problem.H.clone()
+    H[:, 10:40], H[:, :, 10:40] = 0, 0
+    dead = ptq.problem.LayerProblem("dead", problem.W, H)
+    codes, grid = choice("method", "gptq").quantize_layer(dead, choice("grid", "entropy"), 4, None)
+    assert not bool(codes[..., 10:40].any())
+    kept = choice("grid", "entropy", zero_dead=False)
+    codes_kept, grid_kept = choice("method", "gptq").quantize_layer(dead, kept, 4, None)
+    assert bool(codes_kept[..., 10:40].any())
+    assert stored_rate(grid, codes) < 0.55 * stored_rate(grid_kept, codes_kept)
+
+
+def test_refit_is_least_squares_for_the_step(choice) -> None:
+    problem = random_problem(11, 30, groups=2)
+    grid = choice("grid", "entropy_columns", parameter_bits=32).fit(problem.W, 2, None, problem.H)
+    codes = grid.round(problem.W)
+    refitted = grid.refit(codes, problem.W, problem.H)
+    best = float(problem.error(refitted.values(codes)).sum())
+    assert best < float(problem.error(grid.values(codes)).sum())
+    for factor in (0.999, 1.001):
+        assert float(problem.error(refitted.scaled(factor).values(codes)).sum()) > best
+
+
+class Mixed(nn.Module):
+    """Every kind of layer, with a channel that is always zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.depthwise = nn.Conv2d(8, 8, 3, groups=8)
+        self.grouped = nn.Conv2d(8, 12, 3, groups=2)
+        self.linear = nn.Linear(12, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.conv(x)) * (torch.arange(8) != 3)[:, None, None]
+        return self.linear(torch.relu(self.grouped(self.depthwise(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", GRIDS)
+@pytest.mark.parametrize("method", ["gptq", "watersic"])
+def test_saved_model_gives_identical_outputs_in_the_counted_bytes(tmp_path, name: str, method: str) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Mixed().eval()
+        X = torch.randn(16, 3, 12, 12)
+    quantized, report = ptq.quantize_model(model, [X], method, name, 2.5)
+    again, _ = ptq.quantize_model(model, [X], method, name, 2.5)
+    assert torch.equal(again(X), quantized(X))
+    folder = ptq.save(quantized, tmp_path / "model")
+    assert torch.equal(ptq.load(folder, Mixed())(X), quantized(X))
+    counted = sum(sum(layer.storage_bits.values()) for layer in report.layers)
+    assert counted == 8 * quantized_bytes(folder)
+
+
+def test_a_damaged_file_is_refused(tmp_path) -> None:
+    model = nn.Sequential(nn.Linear(30, 20))
+    quantized, _ = ptq.quantize_model(model, [torch.randn(64, 30)], "gptq", "entropy", 3)
+    quantized[0].codes[40] ^= 1
+    folder = ptq.save(quantized, tmp_path / "model")
+    with pytest.raises(InputError, match="layer '0': the coded weights have checksum"):
+        ptq.load(folder, nn.Sequential(nn.Linear(30, 20)))
+
+
+@pytest.mark.parametrize("bits", [0, -1, 17])
+def test_impossible_bits(choice, bits: float) -> None:
+    with pytest.raises(InputError, match=f"above 0 and at most 16.*got {bits:g}"):
+        choice("grid", "entropy").fit(torch.randn(1, 2, 3), bits)
+
+
+def test_one_step_takes_no_group_size(choice) -> None:
+    with pytest.raises(InputError, match="grid.steps=columns"):
+        choice("grid", "entropy").fit(torch.randn(1, 2, 8), 3, 4)
+
+
+def test_a_fixed_width_grid_is_refused_with_a_way_out(choice) -> None:
+    with pytest.raises(InputError, match="grid=entropy_columns"):
+        choice("method", "watersic").quantize_layer(random_problem(3, 5), choice("grid", "affine"), 3, None)
