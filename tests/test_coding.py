@@ -73,15 +73,11 @@ def test_scales_of_rows_and_columns_are_used() -> None:
 
 
 def test_damage_is_refused_or_noticed() -> None:
+    """A stream has no redundancy to speak of: what can be read from a damaged one is not what was written."""
     codes = gaussian(40, 50)
     stream = encode(codes, [])
     with pytest.raises(InputError, match="too short"):
         decode(stream[:1], codes.shape, [])
     broken = bytearray(stream)
     broken[len(broken) // 2] ^= 0x55
-    try:
-        again, _ = decode(bytes(broken), codes.shape, [])
-    except InputError as error:
-        assert "damaged" in str(error)
-    else:
-        assert not np.array_equal(again, codes)
+    assert not np.array_equal(decode(bytes(broken), codes.shape, [])[0], codes)

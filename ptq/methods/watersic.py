@@ -1,13 +1,13 @@
 """WaterSIC for one layer: error feedback on unbounded codes with cells of one width in the output.
 
-Paper: "WaterSIC", arXiv 2603.04956, Algorithm 3: in the columns' order each weight is rounded to a multiple of
-c / l_i, l_i² being what the other inputs leave of input i, so that every rounding adds c²/12 to the error.
-The grid holds these steps (conf/grid/entropy_columns), the solver is plain error feedback.
-Ours, beyond the paper: steps in fractions of an octave instead of 16 bits; `ridge`, the target of the Gaussian
-test channel, minimises error + δ ‖Ŵ‖² with δ = ridge · c² / (12 mean W²), which costs nothing and saves up to
-a tenth of a bit at low rates; sweeps of coordinate descent on error + rate; a refit of the layer's step.
-Not here: the paper's 16-bit factors of rows and columns, which the ridge makes nearly idle, and its mixing of
-statistics.
+Paper: "WaterSIC", arXiv 2603.04956, Algorithm 3: one input after the other, weights are rounded to multiples
+of c / l_i, l_i² being what the inputs still to come leave of input i, so that every rounding adds c²/12 to
+the error. The grid holds these steps (conf/grid/entropy_columns), the solver is plain error feedback.
+Ours, beyond the paper: steps in fractions of an octave instead of 16 bits; `ridge`, the target of the
+Gaussian test channel, minimises error + δ ‖Ŵ‖² with δ = ridge · c² / (12 mean W²), which costs nothing and
+saves a tenth of a bit at 2 bits and more below; coordinate descent on error + rate; a refit of the layer's
+step. Not here: the paper's 16-bit factors of rows and columns, which the ridge leaves little to do, and its
+mixing of statistics.
 """
 
 from __future__ import annotations

@@ -177,7 +177,7 @@ def test_impossible_bits(choice, bits: float) -> None:
 
 
 def test_one_step_takes_no_group_size(choice) -> None:
-    with pytest.raises(InputError, match="grid.steps=columns"):
+    with pytest.raises(InputError, match=r"grid\.steps=columns"):
         choice("grid", "entropy").fit(torch.randn(1, 2, 8), 3, 4)
 
 

@@ -14,6 +14,7 @@ from ptq.grids.column_scaled import ColumnScaled
 from ptq.methods.method import GridChecker, check_pair
 from ptq.methods.selecting import SelectingMethod
 from ptq.problem import LayerProblem
+from ptq.rate import RatedGridSpec
 from tests.conftest import Golden, random_problem
 
 METHODS = choices("method")
@@ -102,6 +103,8 @@ def test_contract(choice, name: str, group_size: int | None) -> None:
         assert torch.equal(W_hat, grid_again.values(again))
         assert torch.equal(problem.W, W)
         assert torch.equal(problem.H, H)
+        if isinstance(spec, RatedGridSpec):  # as many values as the rate affords
+            continue
         # column scales multiply what a unit shares
         shared = grid.inner.values(codes) if isinstance(grid, ColumnScaled) else W_hat
         for unit in shared.split(group_size or 24, dim=-1):
@@ -159,7 +162,8 @@ def test_odd_layers_work(choice, name: str, case: str) -> None:
     W_hat = grid.values(codes)
     assert bool(torch.isfinite(W_hat).all())
     assert problem.relative_error(W_hat) < 0.2
-    if case in ("constant rows", "zero weights"):
+    exact = not isinstance(choice("grid", method_grid(name)), RatedGridSpec)
+    if case == "zero weights" or (exact and case == "constant rows"):
         torch.testing.assert_close(W_hat, W, rtol=1e-3, atol=1e-6)
 
 
