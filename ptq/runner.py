@@ -24,12 +24,15 @@ from ptq.allocation import Bits
 from ptq.calibration import Calibration, NoCalibration
 from ptq.config import build, load_choice
 from ptq.data.draw import Samples, calibration_batches
+from ptq.data.held_out import HeldOut
 from ptq.dry_run import describe
 from ptq.errors import InputError
 from ptq.methods.method import check_pair
+from ptq.methods.selecting import SelectingMethod, chooses
 from ptq.models.adapter import ModelAdapter
 from ptq.records import RECORD, config_hash, finished, versions, write_json
 from ptq.seeding import isolated_seed
+from ptq.selection import Trials, select, validation_evaluation
 from ptq.tuning import NoTuning, Scope, Tuning, check_tuning
 
 log = logging.getLogger(__name__)
@@ -178,6 +181,8 @@ def prepare(config: DictConfig, settings: Settings) -> Parts:
     if isinstance(calibration, Calibration) and calibration.source is not None:
         source = build(load_choice("data", calibration.source), "calibration.source")
         source.check(adapter)
+    if chooses(method, grid):
+        data, source = HeldOut(data), HeldOut(source)
     batches = calibration_batches(source, adapter, calibration, settings.seed)
     samples = None
     if isinstance(tuning, Tuning) and tuning.scope is Scope.network and isinstance(calibration, Calibration):
@@ -219,6 +224,9 @@ def _execute(
         torch.cuda.reset_peak_memory_stats(parts.device)
     record["float"] = _float_metrics(parts, settings, plain)
     clock.lap("float_eval")
+    if chooses(parts.method, parts.grid):
+        record["selection"] = _select(parts, settings, plain)
+        clock.lap("select")
     report = pipeline.quantize(
         parts.adapter,
         parts.batches,
@@ -258,23 +266,65 @@ def _execute(
     record["peak_memory_bytes"] = _peak_memory_bytes(parts.device)
 
 
-def _float_metrics(parts: Parts, settings: Settings, plain: dict[str, Any]) -> dict[str, Any]:
-    """Metrics of the float model, computed once for a model × data × eval × device and kept under
-    output_dir.
+def _select(parts: Parts, settings: Settings, plain: dict[str, Any]) -> dict[str, Any]:
+    """Put the grid that the method chooses by the task into `parts`; facts about the choice.
+
+    Trials are kept under output_dir for a model × data × eval × validation split × seed × device, and for all
+    of `bits` but the width that the method varies.
+    """
+    method = parts.method
+    assert isinstance(method, SelectingMethod)
+    evaluation = validation_evaluation(method, parts.evaluation)
+    key = config_hash(
+        {
+            **_what_is_evaluated(parts, plain),
+            "validation": asdict(evaluation),
+            "bits": {**plain["bits"], "weight": None},
+            "calibration_source": plain["calibration"].get("source"),
+            "seed": settings.seed,
+        }
+    )
+    trials = Trials(
+        adapter=parts.adapter,
+        batch=parts.batches[0][:2],
+        method=method,
+        bits=parts.bits,
+        data=parts.data,
+        evaluation=evaluation,
+        device=parts.device,
+        seed=settings.seed,
+        path=Path(settings.output_dir).absolute() / ".selection" / f"{key}.jsonl",
+    )
+    selection = select(method, parts.grid, trials)
+    parts.grid = selection.grid
+    return selection.facts
+
+
+def _what_is_evaluated(parts: Parts, plain: dict[str, Any]) -> dict[str, Any]:
+    """Model, its weights' file, data, eval and the machine's kind: what a metric depends on besides the
+    quantization.
     """
     source = parts.adapter.source
     stamp = None
     if source is not None and Path(source).exists():
         stat = Path(source).stat()
         stamp = [stat.st_size, stat.st_mtime_ns]
-    key = config_hash(
-        {
-            **{g: plain[g] for g in ("model", "data", "eval")},
-            "device": parts.device.type,
-            "stamp": stamp,
-            "torch": torch.__version__,
-        }
-    )
+    # only a source that tests on its calibration images has other test images where a method chooses
+    held_out = {"held_out": True} if isinstance(parts.data, HeldOut) and parts.data.changes_test else {}
+    return {
+        **{g: plain[g] for g in ("model", "data", "eval")},
+        "device": parts.device.type,
+        "stamp": stamp,
+        "torch": torch.__version__,
+        **held_out,
+    }
+
+
+def _float_metrics(parts: Parts, settings: Settings, plain: dict[str, Any]) -> dict[str, Any]:
+    """Metrics of the float model, computed once for a model × data × eval × device and kept under
+    output_dir.
+    """
+    key = config_hash(_what_is_evaluated(parts, plain))
     path = Path(settings.output_dir).absolute() / ".float_metrics" / f"{key}.json"
     if path.is_file():
         return dict(json.loads(path.read_text()))

@@ -21,6 +21,7 @@ from torchvision import datasets
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as T
 
+from ptq.data.held_out import HELD_OUT, divide
 from ptq.data.root import resolve
 from ptq.errors import InputError, suggestion
 from ptq.models.adapter import ModelAdapter, Preprocessing
@@ -127,6 +128,7 @@ class Digits:
     """The 1797 handwritten 8×8 digits of scikit-learn: 1200 for training and calibration, 597 to test."""
 
     task: ClassVar[str] = "classification"
+    tests_on_calibration: ClassVar[bool] = False
     train_size: ClassVar[int] = 1200
 
     def check(self, adapter: ModelAdapter) -> None:
@@ -141,15 +143,20 @@ class Digits:
     def dataset(
         self, split: str, preprocessing: Preprocessing, seed: int = 0, num_samples: int | None = None
     ) -> Dataset:
-        """Items (image [1, 8, 8], label) of split "calibration", "train" (the same images) or "test"."""
-        check_split(split, ("calibration", "train", "test"))
+        """Items (image [1, 8, 8], label) of split "calibration", "train" (the same images), "test",
+        "validation" or "remainder" (see held_out).
+        """
+        check_split(split, ("calibration", "train", "test", *HELD_OUT))
         digits = load_digits()
         # the legacy stream is frozen for good, so the split never changes
         order = np.random.RandomState(0).permutation(len(digits.target))
         chosen = order[self.train_size :] if split == "test" else order[: self.train_size]
         images = torch.from_numpy(digits.images[chosen] / 16).float()[:, None]  # [images, 1, 8, 8] in 0..1
-        data = TensorImages(T.normalize(images, preprocessing.mean, preprocessing.std), digits.target[chosen])
-        return draw(data, len(data), num_samples, seed, f"digits, split {split}")
+        whole = TensorImages(
+            T.normalize(images, preprocessing.mean, preprocessing.std), digits.target[chosen]
+        )
+        data = divide(whole, len(whole), split)
+        return draw(data, len(data), num_samples, seed, f"digits, split {split}")  # type: ignore[arg-type]  # sized
 
     def describe(self) -> dict[str, Any]:
         """Name, source and number of images of each split."""
@@ -165,10 +172,11 @@ class Cifar10:
     test_file: str  # in that folder
 
     task: ClassVar[str] = "classification"
+    tests_on_calibration: ClassVar[bool] = False
 
     def file(self, split: str) -> Path:
         """The existing npz file of a split."""
-        check_split(split, ("calibration", "test"))
+        check_split(split, ("calibration", "test", *HELD_OUT))
         name = self.test_file if split == "test" else self.calibration_file
         return resolve(Path(self.path) / name, f"CIFAR-10 {split} images")
 
@@ -187,7 +195,9 @@ class Cifar10:
     def dataset(
         self, split: str, preprocessing: Preprocessing, seed: int = 0, num_samples: int | None = None
     ) -> Dataset:
-        """Items (image [3, 32, 32], label) of split "calibration" or "test"."""
+        """Items (image [3, 32, 32], label) of split "calibration", "test", "validation" or "remainder" (see
+        held_out).
+        """
         path = self.file(split)
         images, labels = self._array(path, "images"), self._array(path, "labels")
         pixels = images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] == 3
@@ -196,8 +206,9 @@ class Cifar10:
                 f"{path} must hold images uint8 [images, height, width, 3] and a label each; got images "
                 f"{images.dtype} {list(images.shape)} and labels {list(labels.shape)}; write the file anew"
             )
-        data = ArrayImages(images, labels, PixelTransform(preprocessing))
-        return draw(data, len(data), num_samples, seed, str(path))
+        whole = ArrayImages(images, labels, PixelTransform(preprocessing))
+        data = divide(whole, len(whole), split)
+        return draw(data, len(data), num_samples, seed, str(path))  # type: ignore[arg-type]  # sized
 
     def describe(self) -> dict[str, Any]:
         """Name, folder and number of images of each split."""
@@ -289,9 +300,14 @@ class ImageFolder:
     def __post_init__(self) -> None:
         self._labels: dict[str, dict[str, int]] = {}  # split → folder name → class index, by `check`
 
+    @property
+    def tests_on_calibration(self) -> bool:
+        """Whether both folders are one."""
+        return self.folder("calibration").samefile(self.folder("test"))
+
     def folder(self, split: str) -> Path:
         """The existing folder of a split."""
-        check_split(split, ("calibration", "test"))
+        check_split(split, ("calibration", "test", *HELD_OUT))
         path = self.test_dir if split == "test" else self.train_dir
         return resolve(path, f"folder of {split} pictures")
 
@@ -304,16 +320,18 @@ class ImageFolder:
     def dataset(
         self, split: str, preprocessing: Preprocessing, seed: int = 0, num_samples: int | None = None
     ) -> Dataset:
-        """Items (image [3, height, width], label) of split "calibration" or "test".
+        """Items (image [3, height, width], label) of split "calibration", "test", "validation" or "remainder"
+        (see held_out).
 
         Labels are the class indices of the model last given to `check`, which has to be called first.
         """
         folder = self.folder(split)
-        if split not in self._labels:
+        labels = self._labels.get("test" if split == "test" else "calibration")
+        if labels is None:
             raise InputError(f"the classes of {folder} are not tied to a model; call check(adapter) first")
-        labels = self._labels[split]
-        data = ClassFolders(folder, labels, PixelTransform(preprocessing))
-        return draw(data, len(data), num_samples, seed, str(folder))
+        whole = ClassFolders(folder, labels, PixelTransform(preprocessing))
+        data = divide(whole, len(whole), split)
+        return draw(data, len(data), num_samples, seed, str(folder))  # type: ignore[arg-type]  # sized
 
     def describe(self) -> dict[str, Any]:
         """Name, folders and number of pictures of each split; a note where both are the same."""
@@ -325,6 +343,6 @@ class ImageFolder:
             "calibration": sum(1 for _ in pictures(calibration)),
             "test": sum(1 for _ in pictures(test)),
         }
-        if calibration.samefile(test):
+        if self.tests_on_calibration:
             facts["note"] = "the calibration images are in the test set"
         return facts

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ptq.data.held_out import HELD_OUT, divide_sequence
 from ptq.data.root import resolve
 from ptq.errors import InputError, suggestion
 from ptq.models.adapter import ModelAdapter
@@ -31,6 +32,7 @@ class Text(ABC):
     per_document: bool  # true = every document is a stream and scored on its own; false = one stream a split
 
     task: ClassVar[str] = "language_modeling"
+    tests_on_calibration: ClassVar[bool] = False
 
     @abstractmethod
     def documents(self, split: str) -> list[str]:
@@ -139,17 +141,22 @@ class PydocTopics(Text):
 
     Topics are divided by a checksum of their names: about 10 % test, 10 % calibration, the rest train. A
     paragraph that several topics share stays in the first of test, calibration and train only, so no split
-    has another's text. The texts differ a little from one Python version to the next.
+    has another's text. The texts differ a little from one Python version to the next. Split "validation"
+    is another 10 %, part of train, and "remainder" all of calibration (see held_out).
     """
 
     source: ClassVar[str] = "pydoc_data.topics"
     shortest_unique: ClassVar[int] = 40  # characters; shorter paragraphs are headings and may repeat
+    validation_class: ClassVar[int] = 2  # of the checksum modulo 10
 
     def documents(self, split: str) -> list[str]:
-        """The topics of split "calibration", "test" or "train", in order of their names."""
+        """The topics of split "calibration", "test", "train", "validation" or "remainder", in order of their
+        names.
+        """
         from pydoc_data.topics import topics
 
-        check_split(split, (*SPLITS, "train"))
+        check_split(split, (*SPLITS, "train", *HELD_OUT))
+        wanted = {"remainder": "calibration", "validation": "train"}.get(split, split)
         names: dict[str, list[str]] = {"test": [], "calibration": [], "train": []}
         for name in sorted(topics):
             names[{0: "calibration", 1: "test"}.get(zlib.crc32(name.encode()) % 10, "train")].append(name)
@@ -164,7 +171,8 @@ class PydocTopics(Text):
                             continue
                         seen.add(paragraph)
                     kept.append(paragraph)
-                if part == split:
+                held_out = split != "validation" or zlib.crc32(name.encode()) % 10 == self.validation_class
+                if part == wanted and held_out:
                     documents.append("\n\n".join(kept))
         return documents
 
@@ -192,12 +200,12 @@ class TextFiles(Text):
         return self.test_file
 
     def documents(self, split: str) -> list[str]:
-        """The documents of split "calibration" or "test"."""
-        check_split(split, SPLITS)
+        """The documents of split "calibration", "test", "validation" or "remainder" (see held_out)."""
+        check_split(split, (*SPLITS, *HELD_OUT))
         if split == "test":
             text = self._read(self.test_file, split)[: self.max_characters]
         else:
-            text = self._read(self.calibration_file, split)[self.calibration_start :]
+            text = divide_sequence(self._read(self.calibration_file, split)[self.calibration_start :], split)
         if self.document_separator is None:
             documents = [text]
         else:
@@ -265,8 +273,10 @@ class HuggingFaceText(Text):
         return self.path if self.name is None else f"{self.path} ({self.name})"
 
     def documents(self, split: str) -> list[str]:
-        """Rows of split "calibration" or "test"; empty rows are kept in a stream, as GPTQ does."""
-        check_split(split, SPLITS)
+        """Rows of split "calibration", "test", "validation" or "remainder" (see held_out); empty rows are
+        kept in a stream, as GPTQ does.
+        """
+        check_split(split, (*SPLITS, *HELD_OUT))
         if split == "test":
             hub_split, files, count = self.test_split, self.test_files, self.test_documents
         else:
@@ -288,7 +298,9 @@ class HuggingFaceText(Text):
                 f"({type(error).__name__}: {first_line}); on a machine with network run {load} and copy that "
                 f"cache here, or use local text with data=wikitext2 or another of conf/data"
             ) from error
-        return [text for text in texts if text.strip()] if self.per_document else list(texts)
+        rows = [text for text in texts if text.strip()] if self.per_document else list(texts)
+        part: list[str] = divide_sequence(rows, split)
+        return part
 
 
 @lru_cache(maxsize=4)

@@ -31,7 +31,7 @@ class PTNQ:
     """The choice; how a candidate is fitted is the grid's matter."""
 
     widths: list[int]  # tried from the widest down; those at or below the job's width are left out
-    validation_samples: int | None  # images of the validation split, drawn at random; null = all
+    validation_samples: int | None  # at most so many images of the validation split; null = all
     validation_tokens: int | None  # the first so many of the validation text; null = all
     min_accuracy_fraction: float  # of the float model's accuracy; a candidate with no more has failed
     max_perplexity_factor: float  # of the float model's perplexity; a candidate with no less has failed
@@ -77,7 +77,7 @@ class PTNQ:
             [(name, only)] = candidates.items()
             return Selection(grid=only, facts={**facts, "chosen": name, "tried": 0, "widths": []})
         survivors = list(candidates)
-        widths = [*sorted((w for w in self.widths if w > bits), reverse=True), bits]
+        widths = [*sorted((float(w) for w in self.widths if w > bits), reverse=True), bits]
         steps: list[dict[str, Any]] = []
         metrics: dict[str, dict[str, Any]] = {}
         chosen = survivors[0]
@@ -86,7 +86,7 @@ class PTNQ:
             metrics = {name: trial(name, candidates[name], width) for name in survivors}
             tried += len(metrics)
             failed = [name for name in survivors if self._fails(metrics[name], reference)]
-            chosen = min(survivors, key=lambda name: _cost(metrics[name]))  # noqa: B023  # called at once
+            chosen = min(survivors, key=lambda name: _cost(metrics[name]))
             steps.append({"bits": width, "best": chosen, "failed": failed, "metrics": metrics})
             log.info(
                 f"{width:g} bits: {len(survivors)} tried, {len(failed)} failed, best {chosen}, "

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-from ptq.methods.method import GridSpec
+from ptq.methods.method import GridSpec, LayerMethod
 
 
 @runtime_checkable
@@ -40,15 +40,22 @@ class Selection:
 
 
 @runtime_checkable
-class SelectingMethod(Protocol):
+class SelectingMethod(LayerMethod, Protocol):
     """A method that chooses among candidates by the task before the model is quantized.
 
     Without data to try them on (the Python API, one layer by itself) it chooses by weight error in
     `quantize_layer`.
     """
 
-    validation_samples: int | None  # images of the validation split, drawn at random; null = all
+    validation_samples: int | None  # at most so many images of the validation split; null = all
     validation_tokens: int | None  # the first so many of the validation text; null = all
 
     def select(self, grid: GridSpec, bits: float, reference: Mapping[str, Any], trial: Trial) -> Selection:
         """The best candidate at `bits`; `reference` holds the float model's metrics on the same split."""
+
+
+def chooses(method: LayerMethod, grid: GridSpec) -> bool:
+    """Whether the method has two candidates or more to choose between."""
+    return (
+        isinstance(method, SelectingMethod) and isinstance(grid, CandidateGrid) and len(grid.candidates()) > 1
+    )
