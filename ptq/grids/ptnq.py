@@ -11,6 +11,7 @@ tensor).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import lru_cache
@@ -74,7 +75,7 @@ class LevelPool:
     range_steps: int  # factors from min_shrink to 1, equally spaced in the logarithm
     min_shrink: float
     metric: Metric
-    finalists: int  # functions that metric=gram compares in full
+    finalists: int  # functions whose ranges are refitted before one of them is taken
     refits: int  # rounds of closed-form scale and offset, then nearest codes
     parameter_bits: int  # 16 or 32
 
@@ -130,17 +131,16 @@ class LevelPool:
         self.check(bits, group_size)
         start, weight = self._grid(W, int(bits), group_size), self._weights(W, H)
         every = list(range(len(self.functions)))
-        finalists = self.finalists if self.metric is Metric.gram and H is not None else 0
-        if self.function_scope is not Scope.layer:
-            tried = [every]
-            if finalists:
-                tried += [[k] for k in self._ranked(start, W, weight)[:finalists]]
-        elif len(every) == 1:
-            tried = [every]
-        else:
-            tried = [[k] for k in self._ranked(start, W, weight)[: max(finalists, 1)]]
+        ranked = self._ranked(start, W, weight)[: self.finalists] if len(every) > 1 else every
+        tried = [[k] for k in ranked]
+        if self.function_scope is not Scope.layer and len(every) > 1:
+            tried.insert(0, every)
         grids = [self._polish(self._choose(start, W, weight, functions), W, weight) for functions in tried]
-        return self._best_in_full(grids, W, H) if finalists and H is not None else grids[0]
+        if self.metric is Metric.gram and H is not None:
+            return self._best(*zip(*(self._refitted(grid, W, H) for grid in grids), strict=True))
+        if len(grids) == 1:
+            return grids[0]
+        return self._best(grids, [self._error(grid, W, weight) for grid in grids])
 
     def size(self, W: Tensor, bits: float, group_size: int | None = None) -> dict[str, int]:
         """Bits that W will take on this grid, {"codes", "parameters"}, without solving anything."""
@@ -308,33 +308,35 @@ class LevelPool:
             offset=None if grid.offset is None else offset.reshape(grid.scale.shape),
         ).as_stored()
 
-    def _best_in_full(self, grids: list[LevelGrid], W: Tensor, H: Tensor) -> LevelGrid:
-        """The grid with the least tr(R H Rᵀ) after refits under H, for the layer or for each row."""
-        best: LevelGrid | None = None
-        for grid in grids:
-            error = _full_error(grid, W, H)
-            for _ in range(self.refits):
-                new = grid.refit(grid.round(W), W, H)
-                new_error = _full_error(new, W, H)
-                better = new_error < error
-                grid, error = new.where(better, grid), torch.where(better, new_error, error)
-            if best is None:
-                best, best_error = grid, error
-            elif grid.shared or self.function_scope is Scope.layer:
-                if error.sum() < best_error.sum():
-                    best, best_error = grid, error
-            else:
-                better = error < best_error
-                best, best_error = grid.where(better, best), torch.where(better, error, best_error)
-        assert best is not None
+    def _error(self, grid: LevelGrid, W: Tensor, weight: Tensor) -> Tensor:
+        """Weighted error of nearest rounding of each unit, in the scale's shape."""
+        r, weight = self._units(grid, W - grid.values(grid.round(W)), weight)
+        return (r.square() * weight).sum(-1).reshape(grid.scale.shape)
+
+    def _refitted(self, grid: LevelGrid, W: Tensor, H: Tensor) -> tuple[LevelGrid, Tensor]:
+        """The grid after refits under H, each row's best, and its error [groups, out, 1]."""
+        error = _full_error(grid, W, H)
+        for _ in range(self.refits):
+            new = grid.refit(grid.round(W), W, H)
+            new_error = _full_error(new, W, H)
+            better = new_error < error
+            grid, error = new.where_units(better, grid), torch.where(better, new_error, error)
+        return grid, error
+
+    def _best(self, grids: Sequence[LevelGrid], errors: Sequence[Tensor]) -> LevelGrid:
+        """The grids of least error, for the layer, each row or each unit, as the function's scope is."""
+        best, least = grids[0], _sum(errors[0], self.function_scope)
+        for grid, error in zip(grids[1:], errors[1:], strict=True):
+            error = _sum(error, self.function_scope)
+            best, least = grid.where_units(error < least, best), torch.minimum(error, least)
         return best
 
 
 def _full_error(grid: LevelGrid, W: Tensor, H: Tensor) -> Tensor:
-    """(w − ŵ) H (w − ŵ)ᵀ of nearest rounding, [groups, out]; [1, 1] where rows share their parameters."""
+    """(w − ŵ) H (w − ŵ)ᵀ of nearest rounding, [groups, out, 1]; [1, 1, 1] where rows share parameters."""
     R = W - grid.values(grid.round(W))
-    error = ((R @ H.to(R.dtype)) * R).sum(-1)
-    return error.sum().reshape(1, 1) if grid.shared else error
+    error = ((R @ H.to(R.dtype)) * R).sum(-1, keepdim=True)
+    return error.sum().reshape(1, 1, 1) if grid.shared else error
 
 
 def _sum(x: Tensor, scope: Scope) -> Tensor:
