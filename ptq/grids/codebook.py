@@ -4,8 +4,7 @@ Fit: one-dimensional k-means of the unit's weights, each counted once or by its 
 (SqueezeLLM, arXiv 2306.07629, has the Fisher diagonal there). Refit: least squares of the levels under the
 whole H, which LNQ (GuidedQuant, arXiv 2505.07004) alternates with coordinate descent on the codes.
 Differs: levels stay in order, because codes are kept over a refit and the search for the nearest level needs
-the order. Where plain least squares would let levels cross, those that meet move on together (an active set
-that only grows).
+the order. Where plain least squares would let levels cross, these are tied to one value.
 Shapes: W, codes [groups, out, in]; levels [groups, out, units, L] ([1, 1, 1, L] per tensor);
 H [groups, in, in].
 """
@@ -226,7 +225,7 @@ class CodebookGrid:
         units = self._unit_columns()
         for _ in range(1 if len(units) == 1 else REFIT_PASSES):
             for unit, columns in enumerate(units):
-                old = levels[:, :, unit]
+                old = levels[:, :, unit].clone()
                 new = self._unit_levels(index[..., columns], H[:, columns, columns], G[..., columns], old)
                 levels[:, :, unit] = new
                 if len(units) > 1:
@@ -325,50 +324,62 @@ def code_gram(index: Tensor, H: Tensor, num_levels: int) -> Tensor:
     `index` [groups, rows, n].
     """
     groups, rows, n = index.shape
-    group = torch.arange(groups, device=H.device)[:, None, None]
-    members = index.argsort(-1) + n * group  # rows of H, code after code
+    members = index.argsort(-1)  # inputs, code after code
     count = torch.zeros(groups, rows, num_levels, dtype=torch.int64, device=H.device)
     count = count.scatter_add_(-1, index, torch.ones_like(index)).flatten()
-    # sums of rows of H: no [rows, n, n], and n² additions for a row whatever the number of levels
-    sums = torch.nn.functional.embedding_bag(
-        members.flatten(), H.reshape(groups * n, n), count.cumsum(0) - count, mode="sum"
-    ).reshape(groups, rows, num_levels, n)
-    M = sums @ torch.nn.functional.one_hot(index, num_levels).to(H.dtype)
+    begin = count.cumsum(0) - count
+
+    def sum_by_code(table: Tensor, first_row: Tensor) -> Tensor:
+        # sums of table rows: no [rows, n, n], and n · width additions whatever the number of levels
+        rows_of_codes = (members + first_row).flatten()
+        return torch.nn.functional.embedding_bag(rows_of_codes, table, begin, mode="sum")
+
+    group = torch.arange(groups, device=H.device)[:, None, None]
+    row = torch.arange(groups * rows, device=H.device).reshape(groups, rows, 1)
+    sums = sum_by_code(H.reshape(groups * n, n), n * group).reshape(groups * rows, num_levels, n)
+    sums = sum_by_code(sums.mT.reshape(-1, num_levels), n * row)
+    M = sums.reshape(groups, rows, num_levels, num_levels)
     return (M + M.mT) / 2
 
 
 def ordered_least_squares(M: Tensor, v: Tensor, start: Tensor) -> Tensor:
-    """θ [..., L] that minimises (θ − start)ᵀ M (θ − start) − 2 vᵀ (θ − start) and never decreases along L.
-
-    Plain least squares where that keeps the order. Elsewhere each step goes as far as the order allows, and
-    levels that meet move on together; every step lowers the objective.
+    """θ [..., L], never decreasing along L, that lowers (θ − start)ᵀ M (θ − start) − 2 vᵀ (θ − start): to its
+    least where plain least squares keeps the order, and never above the 0 of `start`, which must be in order.
     """
-    shape = torch.broadcast_shapes(start.shape, v.shape)
-    M, v, start = (x.expand(*shape[:-1], *x.shape[-1:]) for x in (M.flatten(-2), v, start))
-    M, v, theta = M.reshape(-1, shape[-1], shape[-1]), v.reshape(-1, shape[-1]), start.reshape(-1, shape[-1])
-    plain = solve_ridged(M, v, torch.zeros_like(v)) + theta
-    crossed = (plain.diff() < 0).any(-1).nonzero()[:, 0]
+    L = start.shape[-1]
+    M, v, theta = M.reshape(-1, L, L), v.reshape(-1, L), start.reshape(-1, L)
+    target = theta + solve_ridged(M, v, torch.zeros_like(v))
+    crossed = (target.diff() < 0).any(-1).nonzero()[:, 0]
     if len(crossed):
-        plain[crossed] = _move_in_order(M[crossed], v[crossed], theta[crossed])
-    return plain.reshape(shape)
+        M, v, old = M[crossed], v[crossed], theta[crossed]
+        step = _pooled_target(M, v, old, target[crossed]) - old
+        # the tied levels may have been better apart: go as far towards the target as the objective falls
+        slope, curvature = (v * step).sum(-1), ((M @ step[..., None])[..., 0] * step).sum(-1)
+        length = (slope / torch.where(curvature > 0, curvature, 1.0)).clamp(0, 1)[:, None]
+        target[crossed] = (old + length * step).cummax(-1).values
+    return target.reshape(start.shape)
 
 
-def _move_in_order(M: Tensor, v: Tensor, start: Tensor) -> Tensor:
-    """`ordered_least_squares` for rows [rows, L] whose plain solution is out of order."""
-    theta = start
-    tied = torch.zeros_like(start[:, 1:], dtype=torch.bool)  # level k + 1 moves with level k
-    for _ in range(start.shape[-1]):
-        block = torch.nn.functional.pad((~tied).cumsum(-1), (1, 0))
-        A = torch.nn.functional.one_hot(block, start.shape[-1]).to(M.dtype)  # [rows, L, blocks]
-        gradient = v - (M @ (theta - start)[..., None])[..., 0]
-        reduced = (A.mT @ gradient[..., None])[..., 0]
-        step = solve_ridged(A.mT @ M @ A, reduced, torch.zeros_like(reduced)).gather(-1, block)
-        gap, closing = theta.diff(), -step.diff()
-        reach = torch.where(~tied & (closing > gap), gap / closing, torch.inf)  # < 1 where levels meet
-        length = reach.amin(-1, keepdim=True).clamp_max(1)
-        theta = (theta + length * step).cummax(-1).values
-        meeting = reach <= length
-        if not meeting.any():
+def _pooled_target(M: Tensor, v: Tensor, start: Tensor, target: Tensor) -> Tensor:
+    """Least squares with neighbours that are out of order in `target` [rows, L] tied to one value, and again
+    until all are in order.
+    """
+    L = start.shape[-1]
+    wanted = v + (M @ start[..., None])[..., 0]  # M θ = wanted
+    target = target.clone()
+    tied = torch.zeros_like(start[:, 1:], dtype=torch.bool)
+    for _ in range(L):
+        crossing = target.diff() < 0
+        rows = crossing.any(-1).nonzero()[:, 0]
+        if not len(rows):
             break
-        tied = tied | meeting
-    return theta
+        tied |= crossing
+        block = torch.nn.functional.pad((~tied[rows]).cumsum(-1), (1, 0))  # [rows, L]
+        empty = start.new_zeros(len(rows), L)
+        across = torch.zeros_like(M[rows]).scatter_add_(-1, block[:, None].expand(-1, L, -1), M[rows])
+        down = torch.zeros_like(across).scatter_add_(1, block[..., None].expand(-1, -1, L), across)
+        size = empty.scatter_add(-1, block, torch.ones_like(empty))
+        middle = empty.scatter_add(-1, block, start[rows]) / size.clamp_min(1)  # kept where M sees nothing
+        pooled = solve_ridged(down, empty.scatter_add(-1, block, wanted[rows]), middle)
+        target[rows] = pooled.gather(-1, block)
+    return target

@@ -9,10 +9,13 @@ Shapes: x, mass [units, n]; levels [units, L], increasing; all float64.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 CELLS = 128  # a unit of no more values than this is solved exactly
+PLAN_BLOCK = 2**20  # elements of the [units, CELLS, CELLS] costs held at once: what stays near the processor
 
 
 class SortedUnits:
@@ -39,6 +42,19 @@ class SortedUnits:
         """Σ mass · (x − nearest level)² per unit, less the levels' share Σ mass · x², [units]."""
         mass, moment = self._sums(self.edges(levels))
         return (levels * (levels * mass - 2 * moment)).sum(-1)
+
+    def cheapest(self, tables: Iterable[Tensor]) -> Tensor:
+        """The table with the least cost for each unit; the first of equals."""
+        best = best_cost = None
+        for table in tables:
+            cost = self.cost(table)
+            if best is None or best_cost is None:
+                best, best_cost = table, cost
+            else:
+                best = torch.where((cost < best_cost)[:, None], table, best)
+                best_cost = torch.minimum(cost, best_cost)
+        assert best is not None
+        return best
 
     def lloyd(self, levels: Tensor, iterations: int) -> Tensor:
         """Levels after alternating nearest level and mean until nothing moves, `iterations` times at most.
@@ -104,21 +120,12 @@ class SortedUnits:
             borders = torch.nn.functional.pad(inner, (1, 0))
             borders = torch.cat([borders, torch.full_like(borders[:, :1], n)], -1)
         mass, moment = self.mass_below.gather(-1, borders), self.moment_below.gather(-1, borders)
-        run_mass = mass[:, None, :] - mass[:, :, None]  # [units, from, to]
-        run_moment = moment[:, None, :] - moment[:, :, None]
-        # less the runs' share of Σ mass · x²; a run that ends before it begins is none
-        cost = -run_moment.square() / torch.where(run_mass > 0, run_mass, 1.0)
-        cost.masked_fill_(torch.ones(cost.shape[1:], device=device).tril(-1).bool(), torch.inf)
-        best = [cost[:, 0]]  # [units, to], by the number of runs
-        for _ in range(num_levels - 1):
-            best.append((best[-1][..., None] + cost).amin(1))
-        end = torch.full_like(borders[:, :1], borders.shape[-1] - 1)
-        cuts = [end]
-        for k in range(num_levels - 2, -1, -1):  # from the last run back to the first
-            reached = best[k] + cost.gather(-1, cuts[-1][:, None].expand(-1, cost.shape[1], -1))[..., 0]
-            cuts.append(reached.argmin(-1, keepdim=True))
-        cuts.append(torch.zeros_like(end))
-        return self.means(borders.gather(-1, torch.cat(cuts[::-1], -1)))
+        at_once = max(1, PLAN_BLOCK // borders.shape[-1] ** 2)
+        cuts = [
+            _cheapest_runs(*sums, num_levels)
+            for sums in zip(mass.split(at_once), moment.split(at_once), strict=True)
+        ]
+        return self.means(borders.gather(-1, torch.cat(cuts)))
 
     def evenly_spaced(self, num_levels: int, shrinks: list[float]) -> Tensor:
         """The cheapest table for each unit of the affine grids' (float offset, integer zero point with and
@@ -135,13 +142,26 @@ class SortedUnits:
             zero_step * (codes - (-low.clamp_max(0) / zero_step).round()),
             _positive(2 * largest / (num_levels - 1)) * (codes - num_levels // 2),
         ]
-        best = shrinks[0] * bases[0]
-        best_cost = self.cost(best)
-        for table in (shrink * base for base in bases for shrink in shrinks):
-            cost = self.cost(table)
-            best = torch.where((cost < best_cost)[:, None], table, best)
-            best_cost = torch.minimum(cost, best_cost)
-        return best
+        return self.cheapest(shrink * base for base in bases for shrink in shrinks)
+
+
+def _cheapest_runs(mass: Tensor, moment: Tensor, num_runs: int) -> Tensor:
+    """Where to cut, [units, num_runs + 1] indices of borders, for running sums [units, borders] at them."""
+    run_mass = mass[:, None, :] - mass[:, :, None]  # [units, from, to]
+    run_moment = moment[:, None, :] - moment[:, :, None]
+    # less the runs' share of Σ mass · x²; a run must not end before it begins
+    cost = -run_moment.square() / torch.where(run_mass > 0, run_mass, 1.0)
+    cost.masked_fill_(torch.ones_like(cost[0]).tril(-1).bool(), torch.inf)
+    best = [cost[:, 0]]  # [units, to], by the number of runs less one
+    for _ in range(num_runs - 1):
+        best.append((best[-1][..., None] + cost).amin(1))
+    end = torch.full_like(cost[:, 0, :1], cost.shape[-1] - 1, dtype=torch.int64)
+    cuts = [end]
+    for earlier in best[-2::-1]:  # from the last run back to the first
+        reach = cuts[-1][:, None].expand(-1, cost.shape[1], -1)
+        cuts.append((earlier + cost.gather(-1, reach)[..., 0]).argmin(-1, keepdim=True))
+    cuts.append(torch.zeros_like(end))
+    return torch.cat(cuts[::-1], -1)
 
 
 def _positive(step: Tensor) -> Tensor:
@@ -156,14 +176,12 @@ def scalar_kmeans(
     None of them is worse than an affine table with a factor of `shrinks` on its range.
     """
     units = SortedUnits(x, mass)
-    best = units.evenly_spaced(num_levels, shrinks)
-    starts = [best, units.distinct_quantiles(num_levels), units.cube_root_density(num_levels)]
+    starts = [
+        units.evenly_spaced(num_levels, shrinks),
+        units.distinct_quantiles(num_levels),
+        units.cube_root_density(num_levels),
+    ]
     if x.shape[-1] <= CELLS or 4 * num_levels <= CELLS:
-        starts.append(units.partitioned(num_levels))
-    best_cost = units.cost(best)
-    for start in starts:
-        levels = units.lloyd(start, iterations)
-        cost = units.cost(levels)
-        best = torch.where((cost < best_cost)[:, None], levels, best)
-        best_cost = torch.minimum(cost, best_cost)
-    return best
+        # so near the optimum that iterations from the others would be lost
+        return units.lloyd(units.cheapest([*starts, units.partitioned(num_levels)]), iterations)
+    return units.cheapest(starts + [units.lloyd(start, iterations) for start in starts])
