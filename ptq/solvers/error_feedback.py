@@ -28,15 +28,27 @@ class Feedback:
     visit: Tensor  # [groups, in] input columns in the order they are rounded
     U: Tensor  # [groups, in, in] upper, (H + d I)⁻¹ = Uᵀ U in that order
 
+    def weight(self) -> Tensor:
+        """1 / U_jj² of every input column [groups, in]: the objective is the sum of these times the squared
+        distances of the compensated weights from their values.
+        """
+        weight = self.U.diagonal(dim1=-2, dim2=-1) ** -2
+        return torch.empty_like(weight).scatter_(-1, self.visit, weight)
 
-def prepare(problem: LayerProblem, *, damping: float, act_order: bool) -> Feedback:
-    """Factorise H in float64; `act_order` visits inputs by decreasing H_ii.
+
+def prepare(problem: LayerProblem, *, damping: float, act_order: bool, conditional: bool = False) -> Feedback:
+    """Factorise H in float64; `act_order` visits inputs by decreasing H_ii, and with `conditional` (ours) by
+    decreasing 1 / [H⁻¹]_ii, what is left of an input's power when all others have explained their part.
 
     Raises InputError when H cannot be factorised even with much damping.
     """
     H = problem.H.double()
     diagonal = H.diagonal(dim1=-2, dim2=-1)
-    if act_order:
+    if act_order and conditional:
+        inverse_diagonal = inverse_factor(H, damping, problem.name).square().sum(-2)  # [groups, in]
+        explained = torch.where(diagonal > 0, inverse_diagonal, torch.inf)  # dead inputs last
+        visit = explained.argsort(dim=-1, stable=True)
+    elif act_order:
         visit = diagonal.argsort(dim=-1, descending=True, stable=True)
     else:
         visit = torch.arange(H.shape[-1], device=H.device).expand(H.shape[0], -1)
