@@ -75,6 +75,8 @@ class LevelGrid:
     per_tensor: bool
     code_min: int = field(init=False, default=0)
     code_max: int = field(init=False)
+    # the unit that columns were last rounded in: its number, levels and where the nearest level changes
+    visited: tuple[int, Tensor, Tensor] | None = field(init=False, default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.code_max = self.pool.num_levels - 1
@@ -143,15 +145,30 @@ class LevelGrid:
     def round_column(self, w: Tensor, column: int | Tensor) -> tuple[Tensor, Tensor]:
         scale = self._at(self.scale, column)
         offset = 0.0 if self.offset is None else self._at(self.offset, column)
+        levels, middles = self._tables_at(column)
         x = (w - offset) / _divisor(scale)
-        tables, index = self._tables(), self._at(self.table_index(), column)
-        if index.numel() == 1:
-            levels = tables[index.flatten()][0]
-            codes = torch.bucketize(x, _middles(levels), right=True)
+        if levels.dim() == 1:
+            codes = torch.bucketize(x, middles, right=True)
             return codes, levels[codes] * scale + offset
-        levels = tables[index.expand(x.shape)]  # [groups, out, levels]
-        codes = torch.searchsorted(_middles(levels), x[..., None], right=True)
+        codes = torch.searchsorted(middles, x[..., None], right=True)
         return codes[..., 0], levels.gather(-1, codes)[..., 0] * scale + offset
+
+    def _tables_at(self, column: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Levels and where the nearest one changes, for each row at its column: [groups, out, levels and one
+        less], or one table for all rows.
+        """
+        units = max(self.function.shape[-1], self.t.shape[-1])
+        if isinstance(column, Tensor) and units > 1:
+            levels = self._tables()[self._at(self.table_index(), column)].expand(*column.shape, -1)
+            return levels, _middles(levels)
+        unit = 0 if isinstance(column, Tensor) or units == 1 else column // self._width(self.scale)
+        if self.visited is None or self.visited[0] != unit:
+            index = self.table_index()[..., unit]
+            levels = self._tables()[index.flatten()][0] if index.numel() == 1 else self._tables()[index]
+            if index.numel() > 1:
+                levels = levels.expand(*self.scale.shape[:2], -1).contiguous()
+            self.visited = unit, levels, _middles(levels)
+        return self.visited[1:]
 
     def refit(self, codes: Tensor, W: Tensor, H: Tensor) -> LevelGrid:
         """Exact least squares for the scales and offsets of each row, all its units jointly; function and t

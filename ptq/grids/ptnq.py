@@ -152,18 +152,18 @@ class LevelPool:
         groups, out, in_features = W.shape
         units = -(-in_features // (group_size or in_features))
         shape = (1, 1, 1) if self.granularity is Granularity.tensor else (groups, out, units)
-        index_shape = {
-            Scope.layer: (1, 1, 1),
-            Scope.channel: (*shape[:2], 1),
-            Scope.group: shape,
-        }
+        pool = Pool(functions=tuple(self.functions), steps=self.t_steps, layout=self.layout, bits=bits)
+        one = (1, 1, 1)
+        index_shape = {Scope.layer: one, Scope.channel: (*shape[:2], 1), Scope.group: shape}
         zeros = W.new_zeros(shape)
         return LevelGrid(
             scale=zeros,
             offset=zeros if self.offset else None,
-            function=zeros.new_zeros(index_shape[self.function_scope], dtype=torch.int64),
-            t=zeros.new_zeros(index_shape[self.t_scope], dtype=torch.int64),
-            pool=Pool(functions=tuple(self.functions), steps=self.t_steps, layout=self.layout, bits=bits),
+            function=zeros.new_zeros(
+                index_shape[self.function_scope] if pool.function_bits else one, dtype=torch.int64
+            ),
+            t=zeros.new_zeros(index_shape[self.t_scope] if pool.t_bits else one, dtype=torch.int64),
+            pool=pool,
             in_features=in_features,
             group_size=group_size,
             parameter_bits=self.parameter_bits,
@@ -277,8 +277,10 @@ class LevelPool:
             grid,
             scale=scale.reshape(units),
             offset=centre.reshape(units) if self.offset else None,
-            function=torch.tensor(functions, device=W.device)[choice[..., 0]],
-            t=t,
+            function=torch.tensor(functions, device=W.device)[choice[..., 0]]
+            if grid.pool.function_bits
+            else grid.function,
+            t=t if grid.pool.t_bits else grid.t,
         ).as_stored()
 
     def _polish(self, grid: LevelGrid, W: Tensor, weight: Tensor) -> LevelGrid:

@@ -60,7 +60,7 @@ def test_function_ids_and_t_are_counted(choice, function_scope: str, t_scope: st
     spec = choice("grid", "ptnq", function_scope=function_scope, t_scope=t_scope, **SMALL)
     grid = spec.fit(W, 3, 8)
     bits = grid.storage_bits(grid.round(W))
-    # three units a row, each with scale and offset of 16 bits; 2 bits name one of three functions, 4 one of 16 t
+    # three units a row, scale and offset of 16 bits each; 2 bits name one of three functions, 4 one of 16 t
     assert bits == {"codes": 3 * 120, "parameters": 2 * 16 * 18 + parameters}
 
 

@@ -187,7 +187,7 @@ def test_dead_inputs_leave_a_sensible_grid(choice) -> None:
 
 
 def test_signal_to_noise_of_the_pool(choice) -> None:
-    """Decibels at 4 bits with symmetric odd codes and a clip and t per unit of 4096 samples, mean of 8 draws."""
+    """Decibels at 4 bits, symmetric odd codes, clip and t per unit of 4096 samples, mean of 8 draws."""
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(1, 8, 4096, generator=generator, dtype=torch.float64)
     uniform = torch.rand(1, 8, 4096, generator=generator, dtype=torch.float64) - 0.5
