@@ -46,25 +46,30 @@ class Layout:
     columns: int
     coarse: int  # levels are multiples of 2^coarse
     skewed: int  # 1: positive and negative codes are counted apart
+    sparse: int  # 1: classes that code low bits apart have a symbol for zero alone
 
     def byte(self) -> int:
-        return self.rows | self.columns << 1 | self.coarse << 2 | self.skewed << 4
+        return self.rows | self.columns << 1 | self.coarse << 2 | self.skewed << 4 | self.sparse << 5
 
     @classmethod
     def of(cls, byte: int) -> Layout:
-        return cls(byte & 1, byte >> 1 & 1, byte >> 2 & 3, byte >> 4 & 1)
+        return cls(byte & 1, byte >> 1 & 1, byte >> 2 & 3, byte >> 4 & 1, byte >> 5 & 1)
 
 
 def encode(codes: Ints, extras: list[Ints]) -> bytes:
     """A short stream of codes [rows, columns] and of further lists of integers: the best of several layouts,
     one choice after the other.
     """
-    best = min((_encode(codes, extras, Layout(r, c, 1, 0)) for r in (0, 1) for c in (0, 1)), key=len)
-    layout = Layout.of(best[0])
-    finer = [replace(layout, coarse=coarse) for coarse in (0, 2) if layout.rows or layout.columns]
-    best = min([best, *(_encode(codes, extras, other) for other in finer)], key=len)
-    skewed = _encode(codes, extras, replace(Layout.of(best[0]), skewed=1))
-    return _trimmed(min(best, skewed, key=len), codes, extras)
+    best = min((_encode(codes, extras, Layout(r, c, 1, 0, 0)) for r in (0, 1) for c in (0, 1)), key=len)
+    changes: list[list[dict[str, int]]] = [[{"skewed": 1}]]
+    if best[0] & 3:
+        changes.append([{"coarse": 0}, {"coarse": 2}])
+    if np.count_nonzero(codes) < 0.9 * codes.size and np.abs(codes).max() > FINE:
+        changes.append([{"sparse": 1}])
+    for options in changes:
+        layout = Layout.of(best[0])
+        best = min([best, *(_encode(codes, extras, replace(layout, **o)) for o in options)], key=len)
+    return _trimmed(best, codes, extras)
 
 
 def _trimmed(stream: bytes, codes: Ints, extras: list[Ints]) -> bytes:
@@ -88,7 +93,7 @@ def decode(stream: bytes, shape: tuple[int, int], extra_lengths: list[int]) -> t
         raise InputError(f"a stream of {len(stream)} bytes is too short; the file is damaged")
     layout, base = Layout.of(stream[0]), stream[1] + LOWEST_LEVEL
     payload = stream[2:] + b"\xff" * (-len(stream[2:]) % 4 + 8)
-    reader = _Reader(RangeDecoder(np.frombuffer(payload, ">u4").astype(np.uint32)), bool(layout.skewed))
+    reader = _Reader(RangeDecoder(np.frombuffer(payload, ">u4").astype(np.uint32)), layout)
     try:
         extras = [reader.side(length) for length in extra_lengths]
         rows = reader.side(shape[0]) if layout.rows else np.zeros(shape[0], np.int64)
@@ -110,7 +115,7 @@ def entropy(codes: Ints) -> float:
 
 def _encode(codes: Ints, extras: list[Ints], layout: Layout) -> bytes:
     rows, columns, base = _levels(codes, layout)
-    writer = _Writer(bool(layout.skewed))
+    writer = _Writer(layout)
     for extra in extras:
         writer.side(extra)
     if layout.rows:
@@ -178,20 +183,27 @@ def _level(mean: Any) -> NDArray[np.float64]:
 
 
 class _Model:
-    """The adaptive model of one class: symbols 0 … 2 · reach are codes −reach … reach, the last is escape."""
+    """The adaptive model of one class: symbols 0 … 2 · reach are codes −reach … reach, then come escape and,
+    in sparse layouts, the zero of a class whose low bits are coded apart.
+    """
 
-    def __init__(self, level: int, skewed: bool) -> None:
+    def __init__(self, level: int, layout: Layout) -> None:
         self.shift = max(0, math.ceil(level / LEVELS_PER_OCTAVE - math.log2(FINE)))
         coarse_level = level - LEVELS_PER_OCTAVE * self.shift
         prior = _PRIORS[coarse_level]
         self.reach = (len(prior) - 2) // 2
-        self.skewed = skewed
+        self.escape = 2 * self.reach + 1
+        self.zero = self.escape + 1 if layout.sparse and self.shift else None
+        self.skewed = layout.skewed
         self.weights = prior * PRIOR_WEIGHT
+        if self.zero is not None:
+            self.weights = np.append(self.weights, 1.0)
 
     def learn(self, symbols: NDArray[np.int32]) -> None:
         counts = np.bincount(symbols, minlength=len(self.weights)).astype(np.float64)
         if not self.skewed:
-            counts[:-1] = 0.5 * (counts[:-1] + counts[-2::-1])
+            coded = counts[: self.escape]
+            counts[: self.escape] = 0.5 * (coded + coded[::-1])
         self.weights += counts
 
     def categorical(self) -> Any:
@@ -237,9 +249,9 @@ def _chunks(count: int) -> list[tuple[int, int]]:
 
 
 class _Writer:
-    def __init__(self, skewed: bool) -> None:
+    def __init__(self, layout: Layout) -> None:
         self.encoder = RangeEncoder()
-        self.skewed = skewed
+        self.layout = layout
 
     def side(self, values: Ints) -> None:
         """A list of integers as its middle and the differences from it."""
@@ -250,16 +262,20 @@ class _Writer:
 
     def codes(self, codes: Ints, level: int) -> None:
         """Codes of one class: chunk by chunk, then the low bits, then what lay out of reach."""
-        model = _Model(level, self.skewed)
+        model = _Model(level, self.layout)
         half = (1 << model.shift) >> 1
         high = (codes + half) >> model.shift
         far = np.abs(high) > model.reach
-        symbols = np.where(far, 2 * model.reach + 1, high + model.reach).astype(np.int32)
+        symbols = np.where(far, model.escape, high + model.reach).astype(np.int32)
+        whole = codes  # those that have low bits
+        if model.zero is not None:
+            symbols[codes == 0] = model.zero
+            whole = codes[codes != 0]
         for start, end in _chunks(len(symbols)):
             self.encoder.encode(symbols[start:end], model.categorical())
             model.learn(symbols[start:end])
         if model.shift:
-            self._uniform((codes + half) & ((1 << model.shift) - 1), model.shift)
+            self._uniform((whole + half) & ((1 << model.shift) - 1), model.shift)
         if far.any():
             self._wide(np.abs(high[far]) - model.reach - 1)
             self._uniform((high[far] < 0).astype(np.int64), 1)
@@ -280,9 +296,9 @@ class _Writer:
 
 
 class _Reader:
-    def __init__(self, decoder: Any, skewed: bool) -> None:
+    def __init__(self, decoder: Any, layout: Layout) -> None:
         self.decoder = decoder
-        self.skewed = skewed
+        self.layout = layout
 
     def side(self, count: int) -> Ints:
         middle = int(self._wide(1)[0])
@@ -291,19 +307,22 @@ class _Reader:
         return self.codes(count, SIDE_LEVEL) + middle
 
     def codes(self, count: int, level: int) -> Ints:
-        model = _Model(level, self.skewed)
+        model = _Model(level, self.layout)
         symbols = np.empty(count, np.int32)
         for start, end in _chunks(count):
             symbols[start:end] = self.decoder.decode(model.categorical(), end - start)
             model.learn(symbols[start:end])
         high = symbols.astype(np.int64) - model.reach
-        low = self._uniform(count, model.shift) if model.shift else 0
-        far = symbols == 2 * model.reach + 1
+        low = np.zeros(count, np.int64)
+        whole = np.ones(count, bool) if model.zero is None else symbols != model.zero
+        if model.shift:
+            low[whole] = self._uniform(int(whole.sum()), model.shift)
+        far = symbols == model.escape
         if far.any():
             magnitude = self._wide(int(far.sum())) + model.reach + 1
             negative = self._uniform(len(magnitude), 1)
             high[far] = np.where(negative == 1, -magnitude, magnitude)
-        return (high << model.shift) - ((1 << model.shift) >> 1) + low
+        return np.where(whole, (high << model.shift) - ((1 << model.shift) >> 1) + low, 0)
 
     def _uniform(self, count: int, bits: int) -> Ints:
         values = np.zeros(count, np.int64)

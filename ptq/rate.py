@@ -22,6 +22,7 @@ class RatedGridSpec(Protocol):
     """A grid whose stored size depends on the codes."""
 
     tolerance: float  # bits per weight that the stored rate may differ from the target
+    most_bits: float  # largest rate that may be asked of it
 
 
 def quantize_to_rate(
@@ -34,38 +35,35 @@ def quantize_to_rate(
     """
     if not isinstance(spec, RatedGridSpec):
         return method.quantize_layer(problem, spec, bits, group_size)
-    asked, best, best_miss = bits, None, float("inf")
-    below: tuple[float, float] | None = None  # (asked, stored) with stored ≤ bits
-    above: tuple[float, float] | None = None
-    for _ in range(MOST_TRIALS):
+    best, best_miss = None, float("inf")
+    trials: list[tuple[float, float]] = []  # (asked, stored)
+    asked = bits
+    while len(trials) < MOST_TRIALS and asked not in [a for a, _ in trials]:
         codes, grid = method.quantize_layer(problem, spec, asked, group_size)
         stored = sum(grid.storage_bits(codes).values()) / problem.W.numel()
+        trials.append((asked, stored))
         if abs(stored - bits) < best_miss:
             best, best_miss = (codes, grid), abs(stored - bits)
         if best_miss <= spec.tolerance:
             break
-        if stored <= bits:
-            below = (asked, stored)
-        else:
-            above = (asked, stored)
-        following = _next(asked, stored, bits, below, above)
-        if following == asked:
-            break
-        asked = following
+        asked = min(_next(trials, bits), spec.most_bits)
     assert best is not None
     return best
 
 
-def _next(
-    asked: float,
-    stored: float,
-    bits: float,
-    below: tuple[float, float] | None,
-    above: tuple[float, float] | None,
-) -> float:
-    """The next rate to ask for: by a line through the bracket, else as if one bit more asked stored one."""
-    if below is None or above is None:
-        return min(max(asked + bits - stored, asked / 2), 2 * asked, 16.0)
-    share = (bits - below[1]) / max(above[1] - below[1], 1e-12)
-    # kept off the ends, so that a crooked curve cannot stall it
-    return below[0] + min(max(share, 0.05), 0.95) * (above[0] - below[0])
+def _next(trials: list[tuple[float, float]], bits: float) -> float:
+    """The next rate to ask for: on the line through the nearest trials on both sides of the target, or
+    through the last two.
+    """
+    below = max((t for t in trials if t[1] <= bits), default=None)
+    above = min((t for t in trials if t[1] > bits), default=None)
+    if below is not None and above is not None:
+        share = (bits - below[1]) / (above[1] - below[1])
+        # kept off the ends, and halved now and then, so that a crooked curve cannot stall it
+        share = 0.5 if len(trials) % 4 == 0 else min(max(share, 0.05), 0.95)
+        return below[0] + share * (above[0] - below[0])
+    asked, stored = trials[-1]
+    slope = 1.0
+    if len(trials) > 1 and trials[-2][0] != asked:
+        slope = min(max((stored - trials[-2][1]) / (asked - trials[-2][0]), 0.2), 2.0)
+    return min(max(asked + (bits - stored) / slope, asked / 3), 2 * asked + 1)

@@ -34,6 +34,7 @@ CASES = {
     "depthwise": gaussian(96, 9),
     "skewed": RANDOM.geometric(0.3, (37, 41)),
     "heavy tails": np.rint(RANDOM.standard_t(1, (61, 67))).astype(np.int64),
+    "pruned": gaussian(61, 67, scale=200) * (RANDOM.random((61, 67)) < 0.3),
     "eight bits": gaussian(61, 67, scale=60),
     "unequal": np.rint(RANDOM.normal(size=(67, 129)) * np.exp2(RANDOM.normal(size=129) * 2)).astype(np.int64),
 }
@@ -70,6 +71,16 @@ def test_scales_of_rows_and_columns_are_used() -> None:
     classed = sum(entropy(np.rint(random.normal(size=4000) * s).astype(np.int64)) for s in scales[:64, 0])
     assert classed > 0
     assert 8 * len(encode(codes, [])) / codes.size < entropy(codes) - 0.3
+
+
+def test_pruned_weights_pay_no_low_bits_for_their_zeros() -> None:
+    random = np.random.default_rng(3)
+    codes = np.rint(random.normal(size=(128, 128)) * 1000 * (random.random((128, 128)) < 0.3)).astype(
+        np.int64
+    )
+    kept = np.count_nonzero(codes) / codes.size
+    ideal = entropy((codes != 0).astype(np.int64)) + kept * np.log2(1000 * (2 * np.pi * np.e) ** 0.5)
+    assert 8 * len(encode(codes, [])) / codes.size < ideal + 0.05
 
 
 def test_damage_is_refused_or_noticed() -> None:

@@ -27,7 +27,6 @@ from ptq.grids.grid import check_group_size
 from ptq.solvers.error_feedback import inverse_factor
 from ptq.storage import pack_parameter, unpack_parameter
 
-MOST_BITS = 16
 SAMPLE = 2**16  # weights that the first step is estimated from
 FARTHEST_OCTAVE = 40  # of a unit's step from the layer's
 
@@ -49,6 +48,7 @@ class Entropy:
     damping: float  # likewise, of H, as a fraction of its mean diagonal
     zero_dead: bool  # weights of inputs that are always zero become 0, which costs next to nothing
     tolerance: float  # bits that the stored rate may differ from the target
+    most_bits: float  # rates beyond this are refused
     parameter_bits: int  # of the layer's step: 16 or 32
 
     def __post_init__(self) -> None:
@@ -62,8 +62,10 @@ class Entropy:
 
     def check(self, bits: float, group_size: int | None) -> None:
         """Raise InputError when `bits` or `group_size` cannot be had on this grid."""
-        if not 0 < bits <= MOST_BITS:
-            raise InputError(f"bits must be above 0 and at most {MOST_BITS} on an entropy grid; got {bits:g}")
+        if not 0 < bits <= self.most_bits:
+            raise InputError(
+                f"bits must be above 0 and at most {self.most_bits:g} on an entropy grid; got {bits:g}"
+            )
         check_group_size(group_size)
         if group_size is not None and self.steps is Steps.layer:
             raise InputError(
