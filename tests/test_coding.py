@@ -80,7 +80,7 @@ def test_pruned_weights_pay_no_low_bits_for_their_zeros() -> None:
     )
     kept = np.count_nonzero(codes) / codes.size
     ideal = entropy((codes != 0).astype(np.int64)) + kept * np.log2(1000 * (2 * np.pi * np.e) ** 0.5)
-    assert 8 * len(encode(codes, [])) / codes.size < ideal + 0.05
+    assert 8 * len(encode(codes, [])) / codes.size < ideal + 0.1
 
 
 def test_damage_is_refused_or_noticed() -> None:
