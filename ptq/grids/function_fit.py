@@ -18,12 +18,13 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from ptq.grids.functions import Function, code_range, maps
+from ptq.grids.functions import SLOPES, Function, code_range, maps
 
-CHUNK = 2**21  # values of the space search held at once
+CHUNK = 2**17  # values of the space search held at once: they stay in the cache
+TRAINED_AT_ONCE = 2**15  # weights whose temporaries stay in the cache
 SEARCH_RADIUS = 1000.0  # of the first round, over the unit's largest magnitude
 SEARCH_KEPT = 0.1  # fraction of the candidates that a round keeps
-SEARCH_POINTS = 96  # sorted weights of a unit that stand for all of it in search and regression
+SEARCH_POINTS = 64  # sorted weights of a unit that stand for all of it in search and regression
 REGRESSION_STEPS = 12
 LARGEST_STEP = 0.1  # of log |a| and log |s| in one training step
 LARGEST_VALUE = 1e30
@@ -53,6 +54,7 @@ class Units:
 
     X: Tensor  # [units, n], divided by `size`; a ragged unit is filled up with its last weight
     counted: Tensor  # [units, n], 0 where filled up, else 1
+    ragged: bool  # whether some unit is filled up
     size: Tensor  # [units] largest magnitude, or 1
     function: Function
     faithful_guards: bool
@@ -83,18 +85,16 @@ class Units:
 
 
 def reconstruct(units: Units, X: Tensor, a: Tensor, s: Tensor) -> Tensor:
-    """f⁻¹(code / s) / a; rounding passes gradients straight through, clipping does not."""
+    """f⁻¹(code / s) / a with code = round(f(X · a) · s) kept in range."""
     forward, inverse = maps(units.function, units.faithful_guards)
-    low, high = units.codes
-    u = (forward(X * a) * s).clamp(low, high)
-    code = u + (u.round() - u).detach() if u.requires_grad else u.round()
+    code = (forward(X * a) * s).clamp_(*units.codes).round_()
     return (inverse(code / s) / a).clamp(-LARGEST_VALUE, LARGEST_VALUE)
 
 
 def full_range(units: Units, X: Tensor, a: Tensor) -> Tensor:
-    """The largest s with f(X · a) · s inside the codes: X [..., n], a [...] → [...]."""
+    """The largest s with f(X · a) · s inside the codes: X [units, n], a [units] → [units]."""
     forward, _ = maps(units.function, units.faithful_guards)
-    return _range_of(units, forward(X * a[..., None]))
+    return _range_of(units, forward(X * a[:, None]))
 
 
 def _range_of(units: Units, y: Tensor) -> Tensor:
@@ -138,6 +138,7 @@ def space_search(units: Units, rounds: int, candidates: int, seed: int) -> Tenso
     """
     generator = torch.Generator().manual_seed(seed)
     points = units.points()  # [units, P]
+    forward, inverse = maps(units.function, units.faithful_guards)
     kept = max(1, round(SEARCH_KEPT * candidates))
     draws = 2 * torch.rand(rounds, candidates, generator=generator, dtype=torch.float64) - 1
     # the wide first range is drawn evenly in the logarithm, or a few draws would all be far too large
@@ -152,8 +153,10 @@ def space_search(units: Units, rounds: int, candidates: int, seed: int) -> Tenso
         for draw in draws:
             drawn = draw * reach[:, None]  # [part, candidates]
             drawn = torch.where(drawn.abs() < 1e-6, torch.full_like(drawn, 1e-6), drawn)
-            s = full_range(units, X, drawn)
-            error = (X - reconstruct(units, X, drawn[..., None], s[..., None])).square().sum(-1)
+            y = forward(X * drawn[..., None])  # [part, candidates, P]
+            s = _range_of(units, y)[..., None]
+            values = inverse((y * s).clamp_(*units.codes).round_() / s) / drawn[..., None]
+            error = (X - values).square().sum(-1)
             order = torch.nan_to_num(error, nan=math.inf).argsort(dim=-1, stable=True)
             best = drawn.gather(-1, order[:, :kept]).abs()
             a[part] = drawn.gather(-1, order[:, :1])[:, 0]
@@ -225,36 +228,55 @@ def initial_rate(loss: float) -> float:
 
 def train(units: Units, start: Start, schedule: Schedule, steps: int, restarts: int) -> Start:
     """Gradient descent on the units' squared errors from `start`; every unit ends with the best it met."""
-    count = units.counted.sum()
     finite = torch.where(torch.isfinite(start.error), start.error, torch.zeros_like(start.error))
-    rate = initial_rate(float(finite.sum() / count))
-    sign = start.a.sign()
-    trains_a = units.function.has_inner_scale
-    theta = torch.stack([start.a.abs().log(), start.s.log()])  # [2, units]
-    best, best_error = theta.clone(), start.error.clone()
+    rate = initial_rate(float(finite.sum() / units.counted.sum()))
+    a, s, errors = start.a.clone(), start.s.clone(), start.error.clone()
+    rows = max(1, TRAINED_AT_ONCE // units.X.shape[-1])
+    for part in torch.arange(len(a), device=a.device).split(rows):
+        few = replace(units, X=units.X[part], counted=units.counted[part], size=units.size[part])
+        sign = a[part].sign()
+        theta = torch.stack([a[part].abs().log(), s[part].log()])  # [2, part]
+        best, best_error = theta.clone(), errors[part]
+        for step_rate in [*rates(schedule, rate, steps, restarts), 0.0]:
+            error, gradient = errors_and_gradient(few, sign * theta[0].exp(), theta[1].exp())
+            lower = error < best_error  # False for NaN
+            best = torch.where(lower, theta, best)
+            best_error = torch.where(lower, error, best_error)
+            step = torch.nan_to_num(step_rate * gradient, nan=0.0).clamp(-LARGEST_STEP, LARGEST_STEP)
+            theta = (theta - step).clamp(-LARGEST_LOG, LARGEST_LOG)
+        moved = best_error < errors[part]
+        a[part] = torch.where(moved, sign * best[0].exp(), a[part])
+        s[part] = torch.where(moved, best[1].exp(), s[part])
+        errors[part] = best_error
+    return Start(a=a, s=s, error=errors)
 
-    def errors(logs: Tensor) -> Tensor:
-        a, s = sign * logs[0].exp(), logs[1].exp()
-        R = units.X - reconstruct(units, units.X, a[:, None], s[:, None])
-        return (R.square() * units.counted).sum(-1)
 
-    def keep(error: Tensor) -> None:
-        lower = error.detach() < best_error  # False for NaN
-        best[:, lower] = theta[:, lower]
-        best_error[lower] = error.detach()[lower]
+def errors_and_gradient(units: Units, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed squared errors [units] and their straight-through gradient [2, units] in log |a| and log s.
 
-    for step_rate in rates(schedule, rate, steps, restarts):
-        with torch.enable_grad():
-            leaf = theta.clone().requires_grad_()
-            error = errors(leaf)
-            (gradient,) = torch.autograd.grad(error.sum(), leaf)
-        keep(error)
-        step = torch.nan_to_num(step_rate * gradient, nan=0.0).clamp(-LARGEST_STEP, LARGEST_STEP)
-        if not trains_a:
-            step[0] = 0
-        theta = (theta - step).clamp(-LARGEST_LOG, LARGEST_LOG)
-    keep(errors(theta))
-    return Start(a=sign * best[0].exp(), s=best[1].exp(), error=best_error)
+    The derivative of x̂ = g(q / s) / a, g = f⁻¹, takes that of u = f(x a) s for that of q where u is inside the
+    codes and 0 where it is clipped.
+    """
+    forward, inverse = maps(units.function, units.faithful_guards)
+    low, high = units.codes
+    X, a, s = units.X, a[:, None], s[:, None]
+    Z = X * a
+    Y = forward(Z)
+    U = Y * s
+    Q = U.clamp(low, high).round_()
+    V = Q / s
+    G = inverse(V)
+    R = G / a - X
+    if units.ragged:
+        R = R * units.counted
+    inside = (U >= low) & (U <= high)
+    P = R * SLOPES[inverse](V, G)
+    by_s = (P * (U * inside - Q)).sum(-1) / (a * s)[:, 0]
+    if units.function.has_inner_scale:
+        by_a = (P * SLOPES[forward](Z, Y) * X * inside).sum(-1) - (R * G).sum(-1) / a[:, 0]
+    else:
+        by_a = torch.zeros_like(by_s)
+    return R.square().sum(-1), 2 * torch.stack([by_a, by_s])
 
 
 @dataclass(kw_only=True, slots=True)

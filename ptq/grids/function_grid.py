@@ -112,6 +112,7 @@ class FunctionPool:
         problem = Units(
             X=X / largest[:, None],
             counted=counted,
+            ragged=units * size > in_features,
             size=largest,
             function=self.functions[0],
             faithful_guards=self.faithful_guards,

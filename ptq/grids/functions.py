@@ -23,6 +23,7 @@ ARC_LIMIT = 0.99999  # of arcsin and arccos
 ARCTANH_LIMIT = 0.9999
 
 Map = Callable[[Tensor], Tensor]
+Slope = Callable[[Tensor, Tensor], Tensor]  # derivative of a map from its argument and its value
 
 
 class Function(Enum):
@@ -165,6 +166,41 @@ SIGN_PRESERVING: dict[Function, tuple[Map, Map]] = {
     Function.cube: (_cube, _signed_cbrt),
     Function.sqrt: (_signed_sqrt, _signed_square),
     Function.cbrt: (_signed_cbrt, _cube),
+}
+
+
+def _within(slope: Tensor, inside: Tensor) -> Tensor:
+    """A guard makes the map constant outside its domain."""
+    return torch.where(inside, slope, torch.zeros_like(slope))
+
+
+def _arc_slope(z: Tensor) -> Tensor:
+    return _within((1 - z * z).clamp_min(1e-12).rsqrt(), z.abs() <= ARC_LIMIT)
+
+
+SLOPES: dict[Map, Slope] = {
+    _identity: lambda z, y: torch.ones_like(z),
+    _square: lambda z, y: 2 * z,
+    _signed_square: lambda z, y: 2 * z.abs(),
+    _cube: lambda z, y: 3 * z * z,
+    _exp: lambda z, y: y,
+    _log: lambda z, y: _within(1 / z, z > SMALLEST_LOG),
+    _sqrt: lambda z, y: _within(0.5 / y, z > SMALLEST_SQRT),
+    _signed_sqrt: lambda z, y: _within(0.5 / y.abs(), z.abs() > SMALLEST_ROOT),
+    _cbrt: lambda z, y: _within(1 / (3 * y * y), z > SMALLEST_ROOT),
+    _signed_cbrt: lambda z, y: _within(1 / (3 * y * y), z.abs() > SMALLEST_ROOT),
+    torch.sin: lambda z, y: z.cos(),
+    torch.cos: lambda z, y: -z.sin(),
+    _tan: lambda z, y: 1 + y * y,
+    _sinh: lambda z, y: (1 + y * y).sqrt(),
+    _cosh: lambda z, y: z.sign() * (y * y - 1).clamp_min(0).sqrt(),
+    torch.tanh: lambda z, y: 1 - y * y,
+    _arcsin: lambda z, y: _arc_slope(z),
+    _arccos: lambda z, y: -_arc_slope(z),
+    torch.arctan: lambda z, y: 1 / (1 + z * z),
+    _arcsinh: lambda z, y: (1 + z * z).rsqrt(),
+    _arccosh: lambda z, y: _within((z * z - 1).clamp_min(1e-12).rsqrt(), z > 1),
+    _arctanh: lambda z, y: _within(1 / (1 - z * z).clamp_min(1e-12), z.abs() <= ARCTANH_LIMIT),
 }
 
 
