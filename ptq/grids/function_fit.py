@@ -254,22 +254,22 @@ def train(units: Units, start: Start, schedule: Schedule, steps: int, restarts: 
 def errors_and_gradient(units: Units, a: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """Summed squared errors [units] and their straight-through gradient [2, units] in log |a| and log s.
 
-    The derivative of x̂ = g(q / s) / a, g = f⁻¹, takes that of u = f(x a) s for that of q where u is inside the
-    codes and 0 where it is clipped.
+    The derivative of x̂ = g(q / s) / a, g = f⁻¹, takes that of u = f(x a) s for that of q where u is inside
+    the codes and 0 where it is clipped.
     """
     forward, inverse = maps(units.function, units.faithful_guards)
-    low, high = units.codes
     X, a, s = units.X, a[:, None], s[:, None]
     Z = X * a
     Y = forward(Z)
     U = Y * s
-    Q = U.clamp(low, high).round_()
+    clipped = U.clamp(*units.codes)
+    Q = clipped.round()
     V = Q / s
     G = inverse(V)
     R = G / a - X
     if units.ragged:
         R = R * units.counted
-    inside = (U >= low) & (U <= high)
+    inside = clipped == U
     P = R * SLOPES[inverse](V, G)
     by_s = (P * (U * inside - Q)).sum(-1) / (a * s)[:, 0]
     if units.function.has_inner_scale:
