@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ptq.config import build, choices, companion, load_choice
 from ptq.problem import LayerProblem
+from ptq.rate import quantize_to_rate
 from ptq.solvers.coordinate_descent import Order, coordinate_descent
 
 # chosen so that the 1024 × 1024 layer has a Gram of condition 1e5 and gives the known results of the authors'
@@ -149,8 +150,8 @@ def method_table(
                 method = build(load_choice("method", name))
                 spec = build(load_choice("grid", companion("method", name, "grid") or "affine"))
                 seconds, (codes, grid) = best_time(
-                    lambda method=method, problem=problem, spec=spec, bits=bits: method.quantize_layer(
-                        problem, spec, bits, None
+                    lambda method=method, problem=problem, spec=spec, bits=bits: quantize_to_rate(
+                        method, problem, spec, bits, None
                     ),
                     repeats,
                 )
