@@ -243,7 +243,18 @@ def test_killed_sweep_resumes(tmp_path: Path) -> None:
 
 def test_help_lists_the_choices_of_each_group() -> None:
     said = command("--help")
-    for group in ("model", "data", "calibration", "grid", "bits", "method", "tuning", "eval", "tracker", "experiment"):
+    for group in (
+        "model",
+        "data",
+        "calibration",
+        "grid",
+        "bits",
+        "method",
+        "tuning",
+        "eval",
+        "tracker",
+        "experiment",
+    ):
         for name in choices(group):
             assert name in said, f"{group}={name}"
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ptq.errors import InputError
 from ptq.grids.grid import check_bits, check_group_size, code_dtype
+from ptq.grids.least_squares import normal_equations, quadratic, solve_ridged
 from ptq.storage import pack_codes, pack_parameter, unpack_codes, unpack_parameter
 
 FARTHEST_ZERO_POINT = 2**15 - 1  # what 16 bits hold
@@ -262,7 +263,7 @@ class AffineGrid:
         Q = codes.to(torch.float64)
         if self.zero_point is not None:
             Q = Q - self._columns(self.zero_point)
-        basis = [Q] if self.offset is None else [Q, torch.ones_like(Q)]
+        basis = [Q] if self.offset is None else [Q, torch.ones_like(Q[:, :1])]
         M, v = normal_equations(basis, W.double(), H.double(), self.group_size)
         theta_old = self.scale if self.offset is None else torch.cat([self.scale, self.offset], -1)
         if self.per_tensor:  # rows add up
@@ -280,7 +281,7 @@ class AffineGrid:
             else torch.where(usable, offset, self.offset),
         ).as_stored()
         theta_new = new.scale if new.offset is None else torch.cat([new.scale, new.offset], -1)
-        lower = _quadratic(M, v, theta_new.double()) < _quadratic(M, v, theta_old.double())
+        lower = quadratic(M, v, theta_new.double()) < quadratic(M, v, theta_old.double())
         return new.where(lower, self)
 
     def where(self, better: Tensor, other: AffineGrid) -> AffineGrid:
@@ -405,44 +406,3 @@ class AffineGrid:
         if self.offset is not None:
             parameters += self.offset.numel() * self.parameter_bits
         return {"codes": codes.numel() * self.bits, "parameters": parameters}
-
-
-def normal_equations(
-    basis: list[Tensor], W: Tensor, H: Tensor, group_size: int | None
-) -> tuple[Tensor, Tensor]:
-    """M [groups, out, p, p] and v [groups, out, p] of min_θ (w − θB) H (w − θB)ᵀ per row.
-
-    B holds each tensor of `basis` [groups, out, in] restricted to each unit of `group_size` inputs:
-    p = basis · units.
-    """
-    in_features = W.shape[-1]
-    unit_of = torch.arange(in_features, device=W.device) // (group_size or in_features)
-    units = int(unit_of[-1]) + 1
-    indicator = torch.nn.functional.one_hot(unit_of, units).to(W.dtype)  # [in, units]
-    WH = W @ H  # [groups, out, in]
-    v = torch.cat([(WH * B) @ indicator for B in basis], -1)
-    rows = []
-    for A in basis:
-        for unit in range(units):
-            columns = (unit_of == unit).nonzero()[:, 0]
-            AH = A[..., columns] @ H[..., columns, :]  # [groups, out, in]
-            rows.append(torch.cat([(AH * B) @ indicator for B in basis], -1))
-    M = torch.stack(rows, -2)
-    return (M + M.mT) / 2, v
-
-
-def solve_ridged(M: Tensor, v: Tensor, start: Tensor) -> Tensor:
-    """θ with M θ ≈ v by least squares around `start`, so that a direction M does not see keeps its old
-    value.
-    """
-    size = M.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    ridge = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device) * torch.where(
-        size > 0, size * 1e-10, torch.ones_like(size)
-    )
-    step, _ = torch.linalg.solve_ex(M + ridge, (v - (M @ start[..., None])[..., 0])[..., None])
-    return start + step[..., 0]
-
-
-def _quadratic(M: Tensor, v: Tensor, theta: Tensor) -> Tensor:
-    """θᵀMθ − 2vᵀθ per row, [groups, out]."""
-    return ((M @ theta[..., None])[..., 0] * theta).sum(-1) - 2 * (v * theta).sum(-1)

@@ -2,11 +2,13 @@
 
 Paper: Guo et al., "decoupleQ", arXiv 2404.12759, Algorithms 1 and 2; released code bytedance/decoupleQ
 (252939b). Letters as there: N alternations, M steps before rounding, K inside it.
-Each alternation finds integers from the float weights for the grid as it is, then the closed-form parameters
-for the integers; a row keeps what it has where a candidate has no less error, so the error never rises.
-Configurations: `decoupleq_release` is the released code (min-max start with one error-feedback pass, the range
+Each alternation finds integers from the float weights for the grid as it is, then the closed-form
+parameters for the integers; a row keeps what it has where a candidate has no less error, so the error never
+rises.
+Configurations: `decoupleq_release` is the released code (min-max start with one error-feedback pass, range
 search only then, level-2), `decoupleq_release_level1` its setting for ResNets, `decoupleq_paper` Algorithm 1
-(search first), `decoupleq` ours.
+(search first), `decoupleq` ours: the search and a few refits under the weights 1 / U_jj² that error feedback
+gives the columns, which foretell its error far better than nearest rounding under H and need no matrix product.
 """
 
 from __future__ import annotations
@@ -36,6 +38,13 @@ class Start(Enum):
     release = "release"  # error feedback on the fitted grid, which counts as the first of N; then the search
 
 
+class Metric(Enum):
+    """What the range search minimises over nearest rounding."""
+
+    gram = "gram"  # Eq. 12: r H rᵀ, one matrix product for each factor
+    feedback = "feedback"  # ours: Σ r_j² / U_jj², what error feedback pays for an error of r_j in column j
+
+
 class Integers(Enum):
     """How integers are found for given parameters."""
 
@@ -51,8 +60,11 @@ class DecoupleQ:
     rounds: int  # N
     start: Start
     integers: list[Integers]  # in each alternation, one after the other; the best kept per row
+    search: Metric
+    search_refits: int  # after it: nearest rounding and closed-form parameters in the metric `feedback`
     search_steps: int  # factors on the fitted range in the search: 1 − k · (1 − min_shrink) / search_steps
     min_shrink: float
+    factors: list[float]  # on the grid: sequential rounding is done for each, and the best kept per row
     gram_damping: float  # added to diag(H) for the whole run, as a fraction of its mean
     damping: float  # added once more inside the error feedback
     act_order: bool  # round inputs by decreasing H_ii
@@ -70,11 +82,21 @@ class DecoupleQ:
             )
         if not 0 < self.min_shrink <= 1:
             raise InputError(f"min_shrink must be in (0, 1]; got {self.min_shrink}")
+        if not self.factors or min(self.factors) <= 0:
+            raise InputError(f"factors needs one positive factor or more; got {self.factors}")
         if not self.integers:
             raise InputError("integers needs one step or more: level1, level2, coordinate_descent; got none")
-        for name in ("gram_damping", "damping", "steps_before", "steps_inside", "learning_rate", "tolerance"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must not be negative; got {getattr(self, name)}")
+        for name, value in (
+            ("search_refits", self.search_refits),
+            ("gram_damping", self.gram_damping),
+            ("damping", self.damping),
+            ("steps_before", self.steps_before),
+            ("steps_inside", self.steps_inside),
+            ("learning_rate", self.learning_rate),
+            ("tolerance", self.tolerance),
+        ):
+            if value < 0:
+                raise InputError(f"{name} must not be negative; got {value}")
 
     def quantize_layer(
         self, problem: LayerProblem, grid: GridSpec, bits: float, group_size: int | None
@@ -87,9 +109,9 @@ class DecoupleQ:
             rounds -= 1
             best = Solution(problem, fitted, nearest(problem, fitted))
             best = best.or_better(Solution(problem, fitted, error_feedback(problem, fitted, feedback)[0]))
-            origin = self._search(problem, fitted).refitted() if rounds else best
+            origin = self._search(problem, fitted, feedback).refitted() if rounds else best
         else:
-            best = origin = self._search(problem, fitted)
+            best = origin = self._search(problem, fitted, feedback)
         for _ in range(rounds):
             before = best
             best = best.or_better(self._integers(origin, feedback))
@@ -101,14 +123,17 @@ class DecoupleQ:
                 break
         return best.codes, best.grid
 
-    def _search(self, problem: LayerProblem, fitted: Grid) -> Solution:
+    def _search(self, problem: LayerProblem, fitted: Grid, feedback: Feedback) -> Solution:
         """Nearest rounding with the range factor that gives each row the least error."""
-        H = problem.H.to(problem.T.dtype)
+        T, H, weight = problem.T, problem.H.to(problem.T.dtype), feedback.weight()
         best, best_error = fitted, None
         for k in range(self.search_steps):
             scaled = fitted.scaled(1 - k * (1 - self.min_shrink) / self.search_steps)
-            R = problem.T - scaled.values(scaled.round(problem.T))
-            error = ((R @ H) * R).sum(-1)  # [groups, out]
+            R = T - scaled.values(scaled.round(T))
+            if self.search is Metric.gram:
+                error = ((R @ H) * R).sum(-1)  # [groups, out]
+            else:
+                error = (R.square() @ weight[..., None])[..., 0]
             if fitted.shared:
                 error = error.sum()
             if best_error is None or (fitted.shared and error < best_error):
@@ -116,32 +141,43 @@ class DecoupleQ:
             elif not fitted.shared:
                 best = scaled.where(error < best_error, best)
                 best_error = torch.minimum(error, best_error)
+        for _ in range(self.search_refits):
+            best = best.refit(best.round(T), T, torch.diag_embed(weight.double()))
         return Solution(problem, best, nearest(problem, best))
 
     def _integers(self, origin: Solution, feedback: Feedback) -> Solution:
-        """New integers on the grid of `origin`."""
+        """New integers for the parameters of `origin`, times each of the factors."""
         found = None
         for step in self.integers:
-            new = Solution(origin.problem, origin.grid, self._codes(step, origin, found, feedback))
-            found = new if found is None else found.or_better(new)
+            if step is Integers.coordinate_descent:
+                best = origin if found is None else origin.or_better(found)
+                codes = coordinate_descent(
+                    best.problem, best.grid, sweeps=1, order=Order.shared, codes=best.codes
+                )
+                found = Solution(best.problem, best.grid, codes)
+                continue
+            for factor in self.factors:
+                new = self._rounded(step, origin.problem, origin.grid, factor, feedback)
+                found = new if found is None else found.or_better(new)
         assert found is not None
         return found
 
-    def _codes(self, step: Integers, origin: Solution, found: Solution | None, feedback: Feedback) -> Tensor:
-        problem, grid = origin.problem, origin.grid
-        if step is Integers.level1:
-            return projected_gradient(
-                problem,
-                grid,
-                feedback.visit,
-                steps_before=self.steps_before,
-                steps_inside=self.steps_inside,
-                learning_rate=self.learning_rate,
-            )
+    def _rounded(
+        self, step: Integers, problem: LayerProblem, grid: Grid, factor: float, feedback: Feedback
+    ) -> Solution:
+        """Sequential rounding from the float weights."""
+        grid = grid if factor == 1 else grid.scaled(factor)
         if step is Integers.level2:
-            return error_feedback(problem, grid, feedback)[0]
-        best = origin if found is None else origin.or_better(found)
-        return coordinate_descent(problem, grid, sweeps=1, order=Order.shared, codes=best.codes)
+            return Solution(problem, grid, error_feedback(problem, grid, feedback)[0])
+        codes = projected_gradient(
+            problem,
+            grid,
+            feedback.visit,
+            steps_before=self.steps_before,
+            steps_inside=self.steps_inside,
+            learning_rate=self.learning_rate,
+        )
+        return Solution(problem, grid, codes)
 
 
 def damped(problem: LayerProblem, fraction: float) -> LayerProblem:

@@ -45,15 +45,23 @@ def prepare(problem: LayerProblem, *, damping: float, act_order: bool, condition
     H = problem.H.double()
     diagonal = H.diagonal(dim1=-2, dim2=-1)
     if act_order and conditional:
-        inverse_diagonal = inverse_factor(H, damping, problem.name).square().sum(-2)  # [groups, in]
-        explained = torch.where(diagonal > 0, inverse_diagonal, torch.inf)  # dead inputs last
-        visit = explained.argsort(dim=-1, stable=True)
+        inverse, _ = inverse_and_factor(H, damping, problem.name)
+        explained = torch.where(diagonal > 0, inverse.diagonal(dim1=-2, dim2=-1), torch.inf)
+        visit = explained.argsort(dim=-1, stable=True)  # dead inputs last
+        U, failed = torch.linalg.cholesky_ex(_visited(inverse, visit), upper=True)
+        if not failed.any():
+            return Feedback(visit=visit, U=U.to(problem.T.dtype))
     elif act_order:
         visit = diagonal.argsort(dim=-1, descending=True, stable=True)
     else:
         visit = torch.arange(H.shape[-1], device=H.device).expand(H.shape[0], -1)
-    H = H.gather(1, visit[:, :, None].expand_as(H)).gather(2, visit[:, None, :].expand_as(H))
-    return Feedback(visit=visit, U=inverse_factor(H, damping, problem.name).to(problem.T.dtype))
+    _, U = inverse_and_factor(_visited(H, visit), damping, problem.name)
+    return Feedback(visit=visit, U=U.to(problem.T.dtype))
+
+
+def _visited(H: Tensor, visit: Tensor) -> Tensor:
+    """Rows and columns of H [groups, in, in] in the order of visit [groups, in]."""
+    return H.gather(1, visit[:, :, None].expand_as(H)).gather(2, visit[:, None, :].expand_as(H))
 
 
 def error_feedback(
@@ -97,8 +105,13 @@ def error_feedback(
 
 
 def inverse_factor(H: Tensor, damping: float, name: str) -> Tensor:
-    """U upper with (H + d I)⁻¹ = Uᵀ U in float64, d = damping · mean diag H, ten times more where that does
-    not factorise.
+    """U upper with (H + d I)⁻¹ = Uᵀ U, see `inverse_and_factor`."""
+    return inverse_and_factor(H, damping, name)[1]
+
+
+def inverse_and_factor(H: Tensor, damping: float, name: str) -> tuple[Tensor, Tensor]:
+    """(H + d I)⁻¹ and U upper with (H + d I)⁻¹ = Uᵀ U in float64, d = damping · mean diag H, ten times more
+    where that does not factorise.
 
     A dead input (zero row and column) is uncoupled from the rest, so its weight is simply rounded.
     """
@@ -113,7 +126,7 @@ def inverse_factor(H: Tensor, damping: float, name: str) -> Tensor:
             inverse = torch.cholesky_inverse(L)
             U, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not failed.any():
-                return U
+                return inverse, U
         if damping == 0:
             break
     raise InputError(

@@ -116,7 +116,7 @@ def test_contract(choice, name: str, group_size: int | None) -> None:
 def test_methods_that_fit_beat_nearest_rounding(choice, golden: Golden, name: str, bits: int) -> None:
     spec = choice("grid", method_grid(name))
     codes, grid = choice("method", name).quantize_layer(golden.problem, spec, bits, None)
-    plain = spec.fit(golden.problem.W, bits)
+    plain = spec.fit(golden.problem.W, bits, None, golden.problem.H)
     nearest_error = golden.error(plain.values(plain.round(golden.problem.W))[0])
     assert golden.error(grid.values(codes)[0]) < 0.8 * nearest_error
 
