@@ -7,8 +7,9 @@ parameters for the integers; a row keeps what it has where a candidate has no le
 rises.
 Configurations: `decoupleq_release` is the released code (min-max start with one error-feedback pass, range
 search only then, level-2), `decoupleq_release_level1` its setting for ResNets, `decoupleq_paper` Algorithm 1
-(search first), `decoupleq` ours: the search and a few refits under the weights 1 / U_jj² that error feedback
-gives the columns, which foretell its error far better than nearest rounding under H and need no matrix product.
+(search first). `decoupleq` is ours: the search, and a few refits, under the weights 1 / U_jj² that error
+feedback gives the columns; they foretell its error far better than nearest rounding under H does, and need no
+matrix product.
 """
 
 from __future__ import annotations
