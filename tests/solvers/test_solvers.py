@@ -117,6 +117,22 @@ def test_error_feedback_by_its_definition(choice) -> None:
     assert_close(grid.values(codes)[0], W)
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+def test_conditional_order_starts_with_what_the_others_explain_least(groups: int) -> None:
+    problem = random_problem(2, 9, groups=groups)
+    problem.H[:, 4], problem.H[:, :, 4] = 0, 0  # a dead input comes last
+    feedback = prepare(problem, damping=0.01, act_order=True, conditional=True)
+    alive = [i for i in range(9) if i != 4]
+    for g in range(groups):
+        H = problem.H[g] + 0.01 * problem.H[g].diagonal().mean() * torch.eye(9)
+        inverse = torch.linalg.inv(H[alive][:, alive])
+        expected = [alive[i] for i in inverse.diagonal().argsort().tolist()]
+        assert feedback.visit[g].tolist() == [*expected, 4]
+        factor = feedback.U[g, :8, :8]
+        order = [alive.index(i) for i in expected]
+        assert_close(factor.mT @ factor, inverse[order][:, order])
+
+
 def test_dead_inputs_are_rounded_and_leave_the_rest_alone(choice) -> None:
     problem = random_problem(4, 10)
     H = problem.H.clone()
