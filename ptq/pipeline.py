@@ -20,18 +20,19 @@ from tqdm import tqdm
 
 from ptq.allocation import Bits
 from ptq.batchnorm import reestimate
+from ptq.block_problem import BlockProblem
 from ptq.calibration import Calibration, GramAccumulator, Inputs, NoCalibration, Target
+from ptq.capture import layer_inputs, unit_calls, unit_outputs
 from ptq.errors import InputError
 from ptq.grids.grid import Grid
-from ptq.layers import names_of, quantized_layer, replace_module, weight_matrix
+from ptq.layers import QuantizedLayer, names_of, quantized_layer, replace_module, weight_matrix
 from ptq.limit import limit_bits
-from ptq.methods.method import GridSpec, LayerMethod, check_pair
+from ptq.methods.method import BlockMethod, GridSpec, LayerMethod, NetworkMethod, check_pair
 from ptq.models.adapter import ModelAdapter
 from ptq.plan import (
     Call,
     Unit,
     allocate,
-    first_tensor,
     hooks,
     map_tensors,
     skipped_parameters,
@@ -39,8 +40,8 @@ from ptq.plan import (
 )
 from ptq.problem import LayerProblem
 from ptq.rate import quantize_to_rate
-from ptq.report import LayerReport, Report
-from ptq.tuning import NoTuning, Scope, Tuning, TuningReport, check_tuning
+from ptq.report import LayerReport, Report, TuningReport
+from ptq.tuning import NoTuning, Scope, Tuning, check_tuning
 
 
 def quantize(
@@ -71,10 +72,6 @@ def quantize(
             adapter, batches, method, grid, bits, calibration, tuning, redraw, torch.device(device), seed
         )
         return walk.run([(b, None) for b in batches] if samples is None else samples, progress)
-
-
-class _StopError(Exception):
-    """Ends a forward pass whose remainder is not needed."""
 
 
 class _Walk:
@@ -128,7 +125,7 @@ class _Walk:
         # the float network that tuning looks up to, also where the layers do not need it
         self.example: nn.Module | None = self.teacher
         distilled = self.tuning is not None and self.tuning.scope is Scope.network
-        if distilled and self.teacher is None:
+        if (distilled or isinstance(method, NetworkMethod)) and self.teacher is None:
             self.example = copy.deepcopy(self.student)
         self.blocks = set(adapter.blocks())
 
@@ -149,30 +146,35 @@ class _Walk:
                 started = time.perf_counter()
                 for role, module in self._roles():
                     if unit.replayable and not (unit.chained and role in inputs):
+                        wanted_calls = any(stages) or (following and following.chained)
                         inputs[role] = (
-                            self._capture(module, unit.name)
-                            if any(stages) or (following and following.chained)
-                            else []
+                            unit_calls(self.adapter, module, unit.name, self.batches) if wanted_calls else []
                         )
                 self.report.seconds["capture"] += time.perf_counter() - started
-            block_scope = self.tuning is not None and self.tuning.scope is Scope.block
-            tuned = block_scope and unit.name in self.blocks and unit.replayable and any(stages)
-            original = copy.deepcopy(self.student.get_submodule(unit.name)) if tuned else None
+            original = None
+            if any(stages) and self._reconstructs(unit):
+                original = copy.deepcopy(self.student.get_submodule(unit.name))
             for stage in stages:
                 self._quantize_stage(unit, stage, inputs, bar)
             if original is not None:
-                self._tune_block(unit, original, inputs)
+                self._reconstruct(unit, original, inputs, progress)
             if following is not None and following.chained and isinstance(self.calibration, Calibration):
                 started = time.perf_counter()
                 for role, module in self._roles():
-                    inputs[role] = self._advance(module, unit.name, inputs[role])
+                    outputs = unit_outputs(module.get_submodule(unit.name), inputs[role], self.device)
+                    inputs[role] = [c.with_first(x) for c, x in zip(inputs[role], outputs, strict=True)]
                 self.report.seconds["capture"] += time.perf_counter() - started
             else:
                 inputs.clear()
         bar.close()
         self._reestimate()
+        trainers: list[NetworkMethod] = []
+        if isinstance(self.method, NetworkMethod):
+            trainers.append(self.method)
         if self.tuning is not None and self.tuning.scope is Scope.network:
-            tuned_network = self.tuning.tune_network(
+            trainers.append(self.tuning)
+        for trainer in trainers:
+            trained = trainer.tune_network(
                 self.adapter,
                 self.example,
                 samples,
@@ -180,7 +182,7 @@ class _Walk:
                 seed=self.seed,
                 progress=progress,
             )
-            self._tuned(tuned_network)
+            self._tuned(trained)
             self._reestimate()
         return self.report
 
@@ -193,22 +195,43 @@ class _Walk:
                 seconds.get("reestimate_batchnorm", 0.0) + time.perf_counter() - started
             )
 
-    def _tune_block(self, unit: Unit, original: nn.Module, inputs: dict[str, list[Call]]) -> None:
-        """Train the block's float parameters: same output as `original`, the float block, on the inputs that
-        the quantized block gets (with target=float_path: as the float block on the float network's inputs).
+    def _reconstruct(
+        self, unit: Unit, original: nn.Module, inputs: dict[str, list[Call]], progress: bool
+    ) -> None:
+        """Train the unit to give what `original`, the float unit, gives on the inputs that the quantized unit
+        gets (with target=float_path: on the float network's inputs).
         """
-        assert self.tuning is not None
         assert isinstance(self.calibration, Calibration)
         calls = inputs["student" if self.needs_student else "teacher"]
         sources = inputs["teacher"] if self.calibration.target is Target.float_path else calls
-        targets = []
-        for call in sources:
-            there = call.to(self.device).cloned()
-            output = first_tensor(original(*there.args, **there.kwargs))
-            assert output is not None
-            targets.append(output.to("cpu"))
         block = self.student.get_submodule(unit.name)
-        self._tuned(self.tuning.tune_block(block, calls, targets, name=unit.name, seed=self.seed))
+        alone = nn.Sequential(block) if isinstance(block, QuantizedLayer) else None
+        problem = BlockProblem(
+            name=unit.name,
+            block=block if alone is None else alone,
+            original=original if alone is None else nn.Sequential(original),
+            calls=calls,
+            float_calls=inputs.get("teacher"),
+            targets=unit_outputs(original, sources, self.device),
+            seed=self.seed,
+            progress=progress,
+        )
+        if isinstance(self.method, BlockMethod):
+            self._tuned(self.method.tune_block(problem))
+        if self._tunes_blocks() and unit.name in self.blocks:
+            assert self.tuning is not None
+            self._tuned(self.tuning.tune_block(problem))
+        if alone is not None and alone[0] is not block:
+            for alias in names_of(self.student, block):
+                replace_module(self.student, alias, alone[0])
+
+    def _tunes_blocks(self) -> bool:
+        return self.tuning is not None and self.tuning.scope is Scope.block
+
+    def _reconstructs(self, unit: Unit) -> bool:
+        """Whether the unit is trained as one after its layers are quantized."""
+        blocks = self._tunes_blocks() and unit.name in self.blocks
+        return unit.replayable and (blocks or isinstance(self.method, BlockMethod))
 
     def _tuned(self, report: TuningReport) -> None:
         self.report.tuning.append(report)
@@ -221,33 +244,6 @@ class _Walk:
         if self.needs_student:
             roles.append(("student", self.student))
         return roles
-
-    def _capture(self, module: nn.Module, name: str) -> list[Call]:
-        """Arguments of the unit for each batch, by forward passes that stop there. Kept on the host."""
-        calls: list[Call] = []
-
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls.append(Call(args, kwargs).cloned().to(torch.device("cpu")))
-            raise _StopError
-
-        with hooks([module.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)]):
-            for batch in self.batches:
-                try:
-                    self.adapter.forward(module, batch)
-                except _StopError:
-                    continue
-        return calls
-
-    def _advance(self, module: nn.Module, name: str, calls: list[Call]) -> list[Call]:
-        """The next unit's arguments: this one's outputs in place of its inputs."""
-        unit = module.get_submodule(name)
-        advanced = []
-        for call in calls:
-            there = call.to(self.device).cloned()
-            output = first_tensor(unit(*there.args, **there.kwargs))
-            assert output is not None
-            advanced.append(call.with_first(output.to("cpu")))
-        return advanced
 
     def _quantize_stage(
         self, unit: Unit, stage: list[str], inputs: dict[str, list[Call]], bar: tqdm[Any]
@@ -337,15 +333,13 @@ class _Walk:
         for index in range(len(self.batches)):
             float_inputs: dict[str, list[Tensor]] = {}
             if self.teacher is not None:
-                float_inputs = self._layer_inputs(self.teacher, unit, measured, inputs.get("teacher"), index)
+                float_inputs = self._layer_inputs("teacher", unit, measured, inputs, index)
             if not seen_by_student:
                 for name, tensors in float_inputs.items():
                     for x in tensors:
                         accumulators[name].add(x)
                 continue
-            for name, tensors in self._layer_inputs(
-                self.student, unit, measured, inputs.get("student"), index
-            ).items():
+            for name, tensors in self._layer_inputs("student", unit, measured, inputs, index).items():
                 pairs = float_inputs.get(name, [None] * len(tensors))
                 for x, x_float in zip(tensors, pairs, strict=True):
                     accumulators[name].add(x, x_float)
@@ -375,31 +369,13 @@ class _Walk:
         return next(n for n in mates if n in stage)
 
     def _layer_inputs(
-        self, module: nn.Module, unit: Unit, names: set[str], calls: list[Call] | None, index: int
+        self, role: str, unit: Unit, names: set[str], inputs: dict[str, list[Call]], index: int
     ) -> dict[str, list[Tensor]]:
-        """Inputs that the named layers receive for batch `index`; the forward pass stops once all have been
-        called.
-        """
-        received: dict[str, list[Tensor]] = {name: [] for name in names}
-
-        def hook(name: str) -> Callable[..., None]:
-            def receive(_: nn.Module, args: tuple[Any, ...]) -> None:
-                received[name].append(args[0].detach().clone())
-                if not unit.repeated and all(received.values()):
-                    raise _StopError
-
-            return receive
-
-        with hooks(module.get_submodule(n).register_forward_pre_hook(hook(n)) for n in names):
-            try:
-                if unit.replayable and calls is not None:
-                    call = calls[index].to(self.device).cloned()
-                    module.get_submodule(unit.name)(*call.args, **call.kwargs)
-                else:
-                    self.adapter.forward(module, self.batches[index])
-            except _StopError:
-                pass
-        return received
+        """Inputs that the named layers receive for batch `index` in the float or the quantized network."""
+        module = self.teacher if role == "teacher" else self.student
+        assert module is not None
+        call = inputs[role][index] if unit.replayable and role in inputs else None
+        return layer_inputs(self.adapter, module, unit, names, self.batches[index], call, self.device)
 
 
 def _check_finite(module: nn.Module) -> None:

@@ -7,8 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from ptq.tuning import TuningReport
-
 
 @dataclass(kw_only=True)
 class LayerReport:
@@ -20,6 +18,18 @@ class LayerReport:
     relative_error: float  # as the method left it, before any tuning
     limit_bits: float | None  # rate at which no Gaussian code does better (ptq/limit.py); None without data
     storage_bits: dict[str, int]
+    seconds: float
+
+
+@dataclass(kw_only=True)
+class TuningReport:
+    """What training one block, or the network, did: facts for the record."""
+
+    unit: str  # the block's name, or "network"
+    loss_before: float  # mean over the samples it was trained on
+    loss_after: float
+    kept: bool  # False: the loss had not fallen and the start was restored
+    steps: int
     seconds: float
 
 

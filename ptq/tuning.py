@@ -24,11 +24,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from ptq.block_problem import BlockProblem
 from ptq.calibration import Calibration, NoCalibration
 from ptq.errors import InputError
 from ptq.layers import QuantizedLayer, TrainableLayer, names_of, replace_module
 from ptq.models.adapter import QUANTIZABLE, ModelAdapter
 from ptq.plan import Call, first_tensor, map_tensors
+from ptq.report import TuningReport
 
 TORCH_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
 
@@ -62,18 +64,6 @@ class Schedule(Enum):
 @dataclass(kw_only=True)
 class NoTuning:
     """Codes and grids stay as the method left them."""
-
-
-@dataclass(kw_only=True)
-class TuningReport:
-    """What tuning one block, or the network, did: facts for the record."""
-
-    unit: str  # the block's name; "network"
-    loss_before: float  # mean over the samples it was trained on
-    loss_after: float
-    kept: bool  # False: the loss had not fallen and the start was restored
-    steps: int
-    seconds: float
 
 
 @dataclass(kw_only=True)
@@ -123,10 +113,9 @@ class Tuning:
                 "set calibration.num_samples"
             )
 
-    def tune_block(
-        self, block: nn.Module, calls: list[Call], targets: list[Tensor], *, name: str, seed: int
-    ) -> TuningReport:
-        """Train `block` in place so that it maps `calls` to `targets` (one a call, [samples, …])."""
+    def tune_block(self, problem: BlockProblem) -> TuningReport:
+        """Train the block in place so that it maps the calls to the targets."""
+        block, calls, targets = problem.block, problem.calls, problem.targets
         with _Float32(block), torch.enable_grad():
             pieces = list(_slices(block, calls, targets, self.batch_size))
             scale = _mean_square(targets) if self.loss is Loss.relative_mse else 1.0
@@ -138,7 +127,9 @@ class Tuning:
                 assert output is not None
                 return F.mse_loss(output, target.float()) / scale
 
-            return self._train(block, pieces, loss, lambda p: len(p[1]), name, seed, progress=False)
+            return self._train(
+                block, pieces, loss, lambda p: len(p[1]), problem.name, problem.seed, problem.progress
+            )
 
     def tune_network(
         self,

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import ClassVar, Protocol, runtime_checkable
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from ptq.block_problem import BlockProblem
 from ptq.grids.grid import Grid
+from ptq.models.adapter import ModelAdapter
 from ptq.problem import LayerProblem
+from ptq.report import TuningReport
 
 
 class GridSpec(Protocol):
@@ -33,6 +38,31 @@ class LayerMethod(Protocol):
         self, problem: LayerProblem, grid: GridSpec, bits: float, group_size: int | None
     ) -> tuple[Tensor, Grid]:
         """Codes [groups, out, in] and the fitted grid they are on."""
+
+
+@runtime_checkable
+class BlockMethod(Protocol):
+    """A method that also trains each block after its layers are quantized."""
+
+    def tune_block(self, problem: BlockProblem) -> TuningReport:
+        """Change `problem.block` in place."""
+
+
+@runtime_checkable
+class NetworkMethod(Protocol):
+    """A method that also trains the network after all layers are quantized."""
+
+    def tune_network(
+        self,
+        adapter: ModelAdapter,
+        teacher: nn.Module | None,
+        samples: Iterable[tuple[Tensor, Tensor | None]],
+        *,
+        device: torch.device,
+        seed: int,
+        progress: bool,
+    ) -> TuningReport:
+        """Change `adapter.module` in place; `teacher` is the float network."""
 
 
 @runtime_checkable

@@ -1,0 +1,27 @@
+"""The block problem: make a block of quantized layers give what the float block gives.
+
+The counterpart of LayerProblem for methods that train a whole block (residual unit, transformer block, or a
+layer outside all blocks) through its quantized layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ptq.plan import Call
+
+
+@dataclass(kw_only=True)
+class BlockProblem:
+    """One block, its inputs and the outputs wanted of it. Calls and targets lie on the host."""
+
+    name: str
+    block: nn.Module  # quantized layers among others; changed in place
+    original: nn.Module  # the float block, as it was
+    calls: list[Call]  # what the quantized network delivers to the block, one call a batch
+    float_calls: list[Call] | None  # what the float network delivers; None where nothing asked for it
+    targets: list[Tensor]  # wanted first output of each call, [samples, …]
+    seed: int
+    progress: bool
