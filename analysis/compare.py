@@ -7,7 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.collect import aggregate, bits_label
+from analysis.collect import aggregate
+from analysis.labels import bits_label
 from analysis.names import method_family, model_title
 from analysis.protocol import EVALUATION, EVALUATION_SAMPLES, PROTOCOL
 

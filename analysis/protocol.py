@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Any
+
+from analysis.records import dict_at, number
 
 PROTOCOL = (
     "activation_bits",
@@ -30,43 +31,32 @@ IN_A_BLOCK = re.compile(r"(^|\.)\d+\.")
 
 def protocol(content: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """The fields of PROTOCOL, as columns of `papers.published` have them; NaN where a number is unset."""
-    choices, bits = _dict(config, "choices"), _dict(config, "bits")
-    calibration, tuning = _dict(config, "calibration"), _dict(config, "tuning")
+    choices, bits = dict_at(config, "choices"), dict_at(config, "bits")
+    calibration, tuning = dict_at(config, "calibration"), dict_at(config, "tuning")
     without_data = "num_samples" not in calibration
     source = str(calibration.get("source") or choices.get("data", ""))
-    context = _dict(config, "eval").get("context") or _dict(config, "model").get("context_length")
+    context = dict_at(config, "eval").get("context") or dict_at(config, "model").get("context_length")
     return {
-        "activation_bits": _number(bits.get("activation")),
+        "activation_bits": number(bits.get("activation")),
         "first_last": _first_last(content, bits),
         "tuning": "labels" if tuning.get("loss") == "cross_entropy" else str(tuning.get("scope") or "none"),
         "calibration_data": "none" if without_data else CALIBRATION.get(source, source),
-        "calibration_samples": _number(calibration.get("num_samples")),
-        "context": _number(context),
+        "calibration_samples": number(calibration.get("num_samples")),
+        "context": number(context),
     }
 
 
 def _first_last(content: dict[str, Any], bits: dict[str, Any]) -> str:
     """`8` and the like, `all` where no layer is left out, `blocks` where all outside numbered blocks are."""
     if bits.get("first_last") is not None:
-        return f"{_number(bits['first_last']):g}"
+        return f"{number(bits['first_last']):g}"
     skipped = [
         layer
         for layer in content.get("skipped_layers") or []
-        if "not a Linear, Conv2d or Conv1D weight" not in str(_dict({"layer": layer}, "layer").get("reason"))
+        if "not a Linear, Conv2d or Conv1D weight"
+        not in str(dict_at({"layer": layer}, "layer").get("reason"))
     ]
     if not skipped:
         return "all"
-    layers = [str(_dict({"layer": layer}, "layer").get("name")) for layer in content.get("layers") or []]
+    layers = [str(dict_at({"layer": layer}, "layer").get("name")) for layer in content.get("layers") or []]
     return "blocks" if all(IN_A_BLOCK.search(name) for name in layers) else "some float"
-
-
-def _dict(content: dict[str, Any], key: str) -> dict[str, Any]:
-    value = content.get(key)
-    return value if isinstance(value, dict) else {}
-
-
-def _number(value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return math.nan

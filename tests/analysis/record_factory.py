@@ -65,7 +65,15 @@ def record(
             }
             for i, name in enumerate(LAYERS)
         ],
-        "seconds": {"load": 0.1, "total": 2.5},
+        "seconds": {
+            "load": 0.1,
+            "calibrate_and_quantize": 2.0,
+            "evaluate": 0.4,
+            "capture": 0.5,
+            "solve": 1.5,
+            "limit": 0.25,
+            "total": 2.5,
+        },
         "peak_memory_bytes": 1_000_000,
         "device": "cpu",
         "seed": seed,

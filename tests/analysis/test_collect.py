@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from record_factory import failed, record, write
 
-from analysis.collect import aggregate, bits_label, collect, collect_all
+from analysis.collect import aggregate, collect, collect_all
+from analysis.labels import bits_label
 
 
 def test_numbers_are_those_of_the_record(tmp_path: Path) -> None:
@@ -23,6 +24,7 @@ def test_numbers_are_those_of_the_record(tmp_path: Path) -> None:
     assert (row["metric"], row["float"], row["quantized"], row["seed"]) == ("top1", 98.5, 91.25, 7)
     assert (row["codes_bits"], row["parameters_bits"], row["bits_per_coefficient"]) == (3.0, 0.0625, 3.0625)
     assert (row["model_bits_per_coefficient"], row["seconds"], row["peak_memory_bytes"]) == (3.5625, 2.5, 1e6)
+    assert row["quantize_seconds"] == pytest.approx(1.75)  # 0.25 of the 2 seconds went into the limit
 
 
 @pytest.mark.parametrize(
@@ -55,6 +57,10 @@ def test_of_equal_hashes_the_newest_finished_one_stays(tmp_path: Path, newest: i
     found = collect_all([tmp_path, tmp_path])
     assert found.frame["quantized"].tolist() == [80.0 + newest]
     assert found.problems == []
+    assert len(found.duplicates) == 2
+    kept = tmp_path / f"job{newest:03d}" / "record.json"
+    assert all(f"the same job as {kept}" in line for line in found.duplicates)
+    assert [record.path for record in found.records] == [kept]
 
 
 def test_colliding_configs_are_told_apart_by_the_key_that_differs(tmp_path: Path) -> None:
