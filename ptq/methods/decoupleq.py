@@ -14,7 +14,7 @@ matrix product.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import ClassVar
 
@@ -23,8 +23,8 @@ from torch import Tensor
 
 from ptq.errors import InputError
 from ptq.grids.grid import Grid
-from ptq.methods.method import GridSpec
-from ptq.problem import LayerProblem
+from ptq.methods.method import GridSpec, RatedGridSpec
+from ptq.problem import LayerProblem, shrunk
 from ptq.solvers.coordinate_descent import Order, coordinate_descent
 from ptq.solvers.error_feedback import Feedback, error_feedback, prepare
 from ptq.solvers.nearest import nearest
@@ -66,6 +66,7 @@ class DecoupleQ:
     search_steps: int  # factors on the fitted range in the search: 1 − k · (1 − min_shrink) / search_steps
     min_shrink: float
     factors: list[float]  # on the grid: sequential rounding is done for each, and the best kept per row
+    shrinkage: float  # added to diag(H), as a fraction of itself; see ptq.problem.shrunk
     gram_damping: float  # added to diag(H) for the whole run, as a fraction of its mean
     damping: float  # added once more inside the error feedback
     act_order: bool  # round inputs by decreasing H_ii
@@ -89,6 +90,7 @@ class DecoupleQ:
             raise InputError("integers needs one step or more: level1, level2, coordinate_descent; got none")
         for name, value in (
             ("search_refits", self.search_refits),
+            ("shrinkage", self.shrinkage),
             ("gram_damping", self.gram_damping),
             ("damping", self.damping),
             ("steps_before", self.steps_before),
@@ -102,7 +104,17 @@ class DecoupleQ:
     def quantize_layer(
         self, problem: LayerProblem, grid: GridSpec, bits: float, group_size: int | None
     ) -> tuple[Tensor, Grid]:
+        if isinstance(grid, RatedGridSpec):  # another range is another rate there, which is not ours to choose
+            fixed = replace(self, search_steps=1, search_refits=0, factors=[1.0])
+            return fixed._quantize_layer(problem, grid, bits, group_size)
+        return self._quantize_layer(problem, grid, bits, group_size)
+
+    def _quantize_layer(
+        self, problem: LayerProblem, grid: GridSpec, bits: float, group_size: int | None
+    ) -> tuple[Tensor, Grid]:
         fitted = grid.fit(problem.T, bits, group_size, problem.H)
+        if self.shrinkage > 0:
+            problem = shrunk(problem, self.shrinkage)
         problem = damped(problem, self.gram_damping)
         feedback = prepare(problem, damping=self.damping, act_order=self.act_order)
         rounds = self.rounds

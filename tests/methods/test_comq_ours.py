@@ -7,8 +7,7 @@ import torch
 
 from experiments.benchmark import gram, seeded_layer
 from ptq.errors import InputError
-from ptq.methods.comq import shrunk
-from ptq.problem import LayerProblem
+from ptq.problem import LayerProblem, shrunk
 from tests.conftest import random_problem
 
 SIZE, TOKENS = 160, 640
