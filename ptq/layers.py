@@ -16,6 +16,7 @@ from hydra.utils import get_class
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ptq.activations import ActivationQuantizer
 from ptq.grids.grid import Grid
 from ptq.models.adapter import is_quantizable
 
@@ -105,15 +106,27 @@ def pad_input(x: Tensor, mode: str, padding: list[int]) -> Tensor:
 
 
 class QuantizedLayer(nn.Module):
-    """A layer whose weight is kept as packed codes and grid parameters; `weight` dequantizes them."""
+    """A layer whose weight is kept as packed codes and grid parameters; `weight` dequantizes them.
 
-    def __init__(self, tensors: dict[str, Tensor], facts: dict[str, Any], bias: Tensor | None) -> None:
+    `input_quantizer`, where there is one, rounds what the layer receives.
+    """
+
+    input_quantizer: ActivationQuantizer | None
+
+    def __init__(
+        self,
+        tensors: dict[str, Tensor],
+        facts: dict[str, Any],
+        bias: Tensor | None,
+        input_quantizer: ActivationQuantizer | None = None,
+    ) -> None:
         super().__init__()
         self.facts = facts  # JSON: the grid's facts and the layer's geometry
         self.packed_names = sorted(tensors)
         for name in self.packed_names:
             self.register_buffer(name, tensors[name])
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.input_quantizer = input_quantizer
         self._decoded: tuple[Grid, Tensor] | None = None  # kept where decoding is slow
         geometry = facts["geometry"]
         if geometry["kind"] == "conv2d":
@@ -152,6 +165,8 @@ class QuantizedLayer(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.input_quantizer is not None:
+            x = self.input_quantizer(x)
         return _apply_weight(x, self.weight, self.bias, self.facts["geometry"])
 
     def extra_repr(self) -> str:
@@ -159,7 +174,9 @@ class QuantizedLayer(nn.Module):
 
 
 class TrainableLayer(nn.Module):
-    """A quantized layer whose codes are frozen and whose grid parameters can be trained."""
+    """A quantized layer whose codes are frozen; the grid's parameters and the input's scale are free."""
+
+    input_quantizer: ActivationQuantizer | None
 
     def __init__(self, layer: QuantizedLayer) -> None:
         super().__init__()
@@ -170,6 +187,7 @@ class TrainableLayer(nn.Module):
             {name: nn.Parameter(value.detach().clone()) for name, value in self.grid.parameters().items()}
         )
         self.bias = layer.bias
+        self.input_quantizer = layer.input_quantizer
         self.train(layer.training)
 
     @property
@@ -179,6 +197,8 @@ class TrainableLayer(nn.Module):
         return _shaped(grid.values(self.get_buffer("codes")), self.geometry)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.input_quantizer is not None:
+            x = self.input_quantizer(x)
         return _apply_weight(x, self.weight, self.bias, self.geometry)
 
     def frozen(self) -> QuantizedLayer:
@@ -187,9 +207,8 @@ class TrainableLayer(nn.Module):
         grid = self.grid.with_parameters(values).as_stored()
         tensors, facts = grid.storage(self.get_buffer("codes"))
         facts["geometry"] = self.geometry
-        return (
-            QuantizedLayer(tensors, facts, self.bias).to(self.get_buffer("codes").device).train(self.training)
-        )
+        quantized = QuantizedLayer(tensors, facts, self.bias, self.input_quantizer)
+        return quantized.to(self.get_buffer("codes").device).train(self.training)
 
 
 def _shaped(values: Tensor, geometry: dict[str, Any]) -> Tensor:
@@ -212,13 +231,15 @@ def _apply_weight(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: dict
     return F.conv2d(x, weight, bias, stride, 0, geometry["dilation"], geometry["groups"])
 
 
-def quantized_layer(layer: nn.Module, grid: Grid, codes: Tensor) -> QuantizedLayer:
+def quantized_layer(
+    layer: nn.Module, grid: Grid, codes: Tensor, input_quantizer: ActivationQuantizer | None = None
+) -> QuantizedLayer:
     """The replacement of a float layer for codes [groups, out, in] on a grid."""
     tensors, facts = grid.storage(codes)
     facts["geometry"] = geometry(layer)
     bias = layer.bias
     assert bias is None or isinstance(bias, Tensor)
-    quantized = QuantizedLayer(tensors, facts, bias)
+    quantized = QuantizedLayer(tensors, facts, bias, input_quantizer)
     return quantized.train(layer.training)
 
 
