@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ptq.config import build
 from ptq.errors import InputError
@@ -31,12 +31,7 @@ def save(module: nn.Module, directory: Path | str, model_config: dict[str, Any] 
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    layers = {n: m for n, m in module.named_modules() if isinstance(m, QuantizedLayer)}
-    packed = {
-        f"{n}.{k}": t.cpu().contiguous() for n, layer in layers.items() for k, t in layer.packed.items()
-    }
-    rest = {k: t.cpu().clone().contiguous() for k, t in module.state_dict().items() if k not in packed}
-    facts = {n: layer.facts for n, layer in layers.items()}
+    facts, packed, rest = contents(module)
     content = {"format": FORMAT, "model": model_config, "layers": facts}
     for name, tensors in (("quantized.safetensors", packed), ("float.safetensors", rest)):
         save_file(tensors, directory / f"{name}.part")
@@ -75,13 +70,7 @@ def load(directory: Path | str, module: nn.Module | None = None) -> nn.Module:
     strangers = sorted(content["layers"].keys() - known.keys())
     if strangers:
         raise InputError(f"{directory} has layers that the model lacks: {', '.join(strangers)}")
-    for name, facts in content["layers"].items():
-        tensors = {k.removeprefix(f"{name}."): t for k, t in packed.items() if k.rpartition(".")[0] == name}
-        layer, bias = known[name], rest.get(f"{name}.bias")
-        device = next((p.device for p in layer.parameters()), torch.device("cpu"))
-        quantized = QuantizedLayer(tensors, facts, bias).to(device)
-        for alias in names_of(module, layer):
-            replace_module(module, alias, quantized)
+    replace_layers(module, content["layers"], packed, rest)
     types = {k: t.dtype for k, t in module.state_dict().items()}
     other = [k for k, t in rest.items() if k in types and types[k] != t.dtype]
     if other:
@@ -99,6 +88,36 @@ def load(directory: Path | str, module: nn.Module | None = None) -> nn.Module:
         except InputError as error:
             raise InputError(f"{directory}: layer {name!r}: {error}") from error
     return module.eval()
+
+
+def contents(
+    module: nn.Module, part: str = ""
+) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor], dict[str, Tensor]]:
+    """What a quantized model is, on the host: facts of each quantized layer, packed tensors, all other
+    tensors. `part` is the name of a submodule that is wanted alone; names are the whole model's.
+    """
+    prefix = f"{part}." if part else ""
+    inside = dict(module.get_submodule(part).named_modules(prefix=part))
+    layers = {n: m for n, m in inside.items() if isinstance(m, QuantizedLayer)}
+    packed = {
+        f"{n}.{k}": t.cpu().contiguous() for n, layer in layers.items() for k, t in layer.packed.items()
+    }
+    state = module.get_submodule(part).state_dict(prefix=prefix)
+    rest = {k: t.cpu().clone().contiguous() for k, t in state.items() if k not in packed}
+    return {n: layer.facts for n, layer in layers.items()}, packed, rest
+
+
+def replace_layers(
+    module: nn.Module, layers: dict[str, dict[str, Any]], packed: dict[str, Tensor], rest: dict[str, Tensor]
+) -> None:
+    """Put quantized layers in the place of the float ones, from what `contents` gave."""
+    for name, facts in layers.items():
+        tensors = {k.removeprefix(f"{name}."): t for k, t in packed.items() if k.rpartition(".")[0] == name}
+        layer, bias = module.get_submodule(name), rest.get(f"{name}.bias")
+        device = next((p.device for p in layer.parameters()), torch.device("cpu"))
+        quantized = QuantizedLayer(tensors, facts, bias).to(device).train(layer.training)
+        for alias in names_of(module, layer):
+            replace_module(module, alias, quantized)
 
 
 def quantized_bytes(directory: Path | str) -> int:
