@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,10 @@ from torch import Tensor
 
 from ptq.config import build, load_choice
 from ptq.problem import LayerProblem
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread a worker, in the jobs it starts too
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 
 GOLDEN = Path(__file__).parent / "golden" / "layer_small.npz"
 
