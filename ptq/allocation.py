@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import Enum
 from fnmatch import fnmatchcase
 
 from ptq.errors import InputError, suggestion
+
+
+class Allocation(Enum):
+    """How layers without bits of their own share the mean rate, on grids whose rate is free."""
+
+    equal_rate = "equal_rate"
+    layer_error = "layer_error"  # equal slope of the layers' relative squared errors
+    network_loss = "network_loss"  # equal slope of the change of the network's predictions, to second order
 
 
 @dataclass(kw_only=True)

@@ -81,6 +81,10 @@ class GaussianLimit:
         level = _bisect(lambda log_level: self._at(log_level)[1] <= rates, low, high)
         return (self._at(level)[0] / self.energy).sqrt()
 
+    def rate_at(self, log_level: Tensor) -> Tensor:
+        """Bits per coefficient where every source is coded down to distortion 2^log_level."""
+        return self._at(log_level)[1]
+
     def bits(self, relative_error: Tensor) -> Tensor:
         """Rate at which the limit has each relative error (any shape); infinite for 0, 0 for errors it has
         without a bit.

@@ -40,6 +40,7 @@ from ptq.plan import (
 )
 from ptq.problem import LayerProblem
 from ptq.rate import quantize_to_rate
+from ptq.rate_allocation import budget, check_allocation
 from ptq.report import LayerReport, Report, TuningReport
 from ptq.tuning import NoTuning, Scope, Tuning, check_tuning
 
@@ -101,6 +102,7 @@ class _Walk:
             )
         check_pair(method, grid)
         check_tuning(tuning, calibration)
+        check_allocation(grid, calibration)
         if isinstance(calibration, Calibration) and calibration.fresh_per_layer and redraw is None:
             raise InputError(
                 "calibration.fresh_per_layer=true draws samples for each layer and needs a data source, "
@@ -116,7 +118,11 @@ class _Walk:
         _check_finite(self.student)
         self.plan = trace(adapter, self.batches[0])
         self.allocation = allocate(adapter, self.plan, bits)
+        started = time.perf_counter()
+        self.budget = budget(adapter, self.batches, self.allocation, bits, grid, seed=seed)
         self.report = Report(skipped=skipped_parameters(adapter, self.plan, self.allocation))
+        if self.budget is not None:
+            self.report.seconds["allocate"] = time.perf_counter() - started
         self.needs_teacher = self.needs_student = False
         if isinstance(calibration, Calibration):
             self.needs_student = calibration.inputs is Inputs.quantized
@@ -266,6 +272,8 @@ class _Walk:
             layer = self.student.get_submodule(name)
             width = self.allocation[name]
             assert width is not None
+            if self.budget is not None:
+                width = self.budget.ask(name, width)
             W = weight_matrix(layer).float()
             if isinstance(self.calibration, Calibration):
                 H, C = statistics[name]
@@ -277,6 +285,8 @@ class _Walk:
                 codes, fitted = quantize_to_rate(self.method, problem, self.grid, width, self.bits.group_size)
             except InputError as error:
                 raise InputError(f"layer {name!r} {list(W.shape)}: {error}") from error
+            if self.budget is not None:
+                self.budget.spend(name, sum(fitted.storage_bits(codes).values()))
             self._replace(name, layer, problem, codes, fitted, width, time.perf_counter() - started)
             self.report.seconds["solve"] += time.perf_counter() - started
             bar.update()

@@ -6,23 +6,13 @@ again for each trial. On grids of fixed width this is one run and nothing more.
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
-
 from torch import Tensor
 
 from ptq.grids.grid import Grid
-from ptq.methods.method import GridSpec, LayerMethod
+from ptq.methods.method import GridSpec, LayerMethod, RatedGridSpec
 from ptq.problem import LayerProblem
 
 MOST_TRIALS = 12
-
-
-@runtime_checkable
-class RatedGridSpec(Protocol):
-    """A grid whose stored size depends on the codes."""
-
-    tolerance: float  # bits per weight that the stored rate may differ from the target
-    most_bits: float  # largest rate that may be asked of it
 
 
 def quantize_to_rate(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ptq import coding
+from ptq.allocation import Allocation
 from ptq.errors import InputError
 from ptq.grids.affine import normal_equations
 from ptq.grids.grid import check_group_size
@@ -49,11 +50,15 @@ class Entropy:
     zero_dead: bool  # weights of inputs that are always zero become 0, which costs next to nothing
     tolerance: float  # bits that the stored rate may differ from the target
     most_bits: float  # rates beyond this are refused
+    allocation: Allocation  # of the target over the layers: see ptq/rate_allocation.py
+    allocation_samples: int  # calibration samples that layers are measured on for it
     parameter_bits: int  # of the layer's step: 16 or 32
 
     def __post_init__(self) -> None:
         if self.parameter_bits not in (16, 32):
             raise InputError(f"parameter_bits must be 16 or 32; got {self.parameter_bits}")
+        if self.allocation_samples < 1:
+            raise InputError(f"allocation_samples must be at least 1; got {self.allocation_samples}")
         if self.octave_parts < 1 or self.damping <= 0 or self.tolerance <= 0:
             raise InputError(
                 "octave_parts must be at least 1, damping and tolerance positive; "

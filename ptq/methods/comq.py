@@ -69,7 +69,7 @@ class COMQ:
     def quantize_layer(
         self, problem: LayerProblem, grid: GridSpec, bits: float, group_size: int | None
     ) -> tuple[Tensor, Grid]:
-        if isinstance(grid, RatedGridSpec):  # another range is another rate there, which is not ours to choose
+        if isinstance(grid, RatedGridSpec):  # another range would be another rate there
             fixed = replace(self, shrink=[1.0], search_refits=0, factors=[1.0])
             return fixed._quantize_layer(problem, grid, bits, group_size)
         return self._quantize_layer(problem, grid, bits, group_size)

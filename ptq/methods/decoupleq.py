@@ -104,7 +104,7 @@ class DecoupleQ:
     def quantize_layer(
         self, problem: LayerProblem, grid: GridSpec, bits: float, group_size: int | None
     ) -> tuple[Tensor, Grid]:
-        if isinstance(grid, RatedGridSpec):  # another range is another rate there, which is not ours to choose
+        if isinstance(grid, RatedGridSpec):  # another range would be another rate there
             fixed = replace(self, search_steps=1, search_refits=0, factors=[1.0])
             return fixed._quantize_layer(problem, grid, bits, group_size)
         return self._quantize_layer(problem, grid, bits, group_size)

@@ -8,6 +8,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from ptq.allocation import Allocation
 from ptq.block_problem import BlockProblem
 from ptq.grids.grid import Grid
 from ptq.models.adapter import ModelAdapter
@@ -26,6 +27,16 @@ class GridSpec(Protocol):
 
     def size(self, W: Tensor, bits: float, group_size: int | None = None) -> dict[str, int]:
         """Bits that W will take, {"codes", "parameters"}, without solving anything."""
+
+
+@runtime_checkable
+class RatedGridSpec(Protocol):
+    """A grid whose stored size depends on the codes, so that its step, not a range, sets the rate."""
+
+    tolerance: float  # bits per weight that the stored rate may differ from the target
+    most_bits: float  # largest rate that may be asked of it
+    allocation: Allocation  # of the mean rate over the layers that have no bits of their own
+    allocation_samples: int  # calibration samples that layers are measured on for it
 
 
 @runtime_checkable

@@ -1,0 +1,213 @@
+"""One budget for all layers: rates of equal slope, and the account that makes the file meet the budget.
+
+Theory: a layer is a Gaussian source (ptq/limit.py) whose components have variances σ_r² λ_i, and a squared
+error of one at its output costs the network w. Least Σ w_l D_l for a given Σ N_l R_l is one water level τ for
+all sources after they are multiplied by their w_l (reverse water-filling; Cover and Thomas, Theorem 10.3.3):
+the slope of every layer's w D is then the same. Practical codes lie about a quarter of a bit above the limit
+at every rate, which leaves the slopes as they are.
+w for `network_loss`: KL(float ‖ quantized) of the predictions is, to second order, ½ E[(gᵀ Δy)²] with g the
+gradient of the log-likelihood of a label drawn from the float prediction (Fisher information). With errors
+uncorrelated between positions and outputs that is ½ w D, w being the mean square of g over the outputs,
+summed over the positions of a sample.
+Shapes: H [groups, in, in]; the gradients' squares [out of all groups].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptq.allocation import Allocation, Bits
+from ptq.calibration import Calibration, GramAccumulator, NoCalibration
+from ptq.errors import InputError
+from ptq.layers import weight_matrix
+from ptq.limit import GaussianLimit
+from ptq.methods.method import GridSpec, RatedGridSpec
+from ptq.models.adapter import ModelAdapter
+from ptq.plan import Call, first_tensor, hooks
+
+LOWEST_RATE = 0.02  # bits: below it a stream's own bytes weigh more than its codes
+POSITIONS = 64  # of an image's positions that enter a layer's Gram here
+PART = 16  # samples of one pass with gradients
+BISECTIONS = 80
+
+
+@dataclass(kw_only=True)
+class Source:
+    """A layer as the allocation sees it."""
+
+    limit: GaussianLimit
+    weight: float  # what a squared error of one at the layer's output costs; 0: nothing, as far as is known
+
+    def rate(self, log_level: float) -> float:
+        """Bits per weight where the weighted errors lie below 2^log_level."""
+        if self.weight <= 0 or self.limit.model_energy <= 0:
+            return 0.0
+        own = torch.tensor(log_level, dtype=torch.float64) - torch.tensor(self.weight).double().log2()
+        return float(self.limit.rate_at(own))
+
+
+@dataclass(kw_only=True)
+class Budget:
+    """Rates that were planned and what of their sum is left; what a layer misses goes to those after it."""
+
+    rates: dict[str, float]  # bits per weight of every layer that shares the budget
+    counts: dict[str, int]  # its weights
+    most_bits: float
+    carried: float = 0.0  # bits that the layers so far have left (below zero: overdrawn)
+    left: int = field(init=False)  # weights still to come
+
+    def __post_init__(self) -> None:
+        self.left = sum(self.counts.values())
+
+    def ask(self, name: str, otherwise: float) -> float:
+        """Rate for the layer that comes next; `otherwise` for one outside the budget."""
+        if name not in self.rates:
+            return otherwise
+        rate = self.rates[name] + self.carried / self.left
+        return min(max(rate, LOWEST_RATE), self.most_bits)
+
+    def spend(self, name: str, stored_bits: int) -> None:
+        """Enter what the layer took."""
+        if name in self.rates:
+            self.carried += self.rates[name] * self.counts[name] - stored_bits
+            self.left -= self.counts[name]
+
+
+def check_allocation(grid: GridSpec, calibration: Calibration | NoCalibration) -> None:
+    """Raise InputError where layers shall have rates by their data and there is none."""
+    if not isinstance(grid, RatedGridSpec) or grid.allocation is Allocation.equal_rate:
+        return
+    if isinstance(calibration, NoCalibration):
+        raise InputError(
+            f"grid.allocation={grid.allocation.value} measures layers on calibration data, and "
+            "calibration=none has none: choose another, or grid.allocation=equal_rate"
+        )
+
+
+def budget(
+    adapter: ModelAdapter,
+    batches: list[Any],
+    allocation: dict[str, float | None],
+    bits: Bits,
+    grid: GridSpec,
+    *,
+    seed: int,
+) -> Budget | None:
+    """The budget of a float model on a rated grid; None on a grid of fixed width.
+
+    `allocation` holds each layer's bits as the config has them: layers with bits.weight share the budget,
+    those with bits of their own keep them.
+    """
+    if not isinstance(grid, RatedGridSpec):
+        return None
+    shared = [name for name, width in allocation.items() if width == bits.weight]
+    counts = {name: weight_matrix(adapter.module.get_submodule(name)).numel() for name in shared}
+    rates = dict.fromkeys(shared, bits.weight)
+    if grid.allocation is not Allocation.equal_rate and shared:
+        sources = measure(adapter, batches, shared, grid.allocation, grid.allocation_samples, seed)
+        rates = equal_slopes(sources, counts, bits.weight, grid.most_bits)
+    return Budget(rates=rates, counts=counts, most_bits=grid.most_bits)
+
+
+def equal_slopes(
+    sources: dict[str, Source], counts: dict[str, int], mean_rate: float, most_bits: float
+) -> dict[str, float]:
+    """Rate of each layer under one water level, `mean_rate` on average over all weights.
+
+    Rates stay between LOWEST_RATE and `most_bits`; sources that cost nothing get the lowest.
+    """
+    total = sum(counts.values())
+    least = min(LOWEST_RATE, mean_rate)
+
+    def rates_at(level: float) -> dict[str, float]:
+        return {name: min(max(source.rate(level), least), most_bits) for name, source in sources.items()}
+
+    def mean(rates: dict[str, float]) -> float:
+        return sum(rates[name] * counts[name] for name in rates) / total
+
+    low, high = -400.0, 400.0  # log₂ of the level
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if mean(rates_at(middle)) > mean_rate else (low, middle)
+    rates = rates_at(high)
+    short = mean_rate - mean(rates)  # not zero only where no level has that rate: a model of dead layers
+    return {name: min(rate + short, most_bits) for name, rate in rates.items()}
+
+
+def measure(
+    adapter: ModelAdapter,
+    batches: list[Any],
+    names: list[str],
+    allocation: Allocation,
+    samples: int,
+    seed: int,
+) -> dict[str, Source]:
+    """Each layer's source, on the float network's inputs for the first `samples` of `batches`."""
+    layers = {name: adapter.module.get_submodule(name) for name in names}
+    accumulators = {n: GramAccumulator(layer, POSITIONS, seed) for n, layer in layers.items()}
+    squares = dict.fromkeys(names, 0.0)
+    generator = torch.Generator().manual_seed(seed)
+    probe = torch.zeros((), requires_grad=True)
+
+    def hook(name: str) -> Callable[..., Tensor | None]:
+        def receive(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            accumulators[name].add(args[0])
+            if allocation is not Allocation.network_loss:
+                return None
+            with_gradient = output + probe.to(output)
+
+            def add(gradient: Tensor) -> None:
+                squares[name] += float(gradient.double().square().sum())
+
+            with_gradient.register_hook(add)
+            return with_gradient
+
+        return receive
+
+    seen = 0
+    with hooks(layer.register_forward_hook(hook(name)) for name, layer in layers.items()):
+        for part in _parts(batches, samples):
+            seen += _count(part)
+            if allocation is Allocation.network_loss:
+                with torch.enable_grad():
+                    loss = _drawn_loss(adapter.forward(adapter.module, part), generator)
+                    torch.autograd.grad(loss, probe)
+            else:
+                adapter.forward(adapter.module, part)
+    sources = {}
+    for name, layer in layers.items():
+        limit = GaussianLimit(accumulators[name].gram(), weight_matrix(layer).float())
+        weight = 1 / limit.energy if limit.energy > 0 else 0.0
+        if allocation is Allocation.network_loss:
+            W = weight_matrix(layer)
+            weight = squares[name] / (seen * W.shape[0] * W.shape[1])
+        sources[name] = Source(limit=limit, weight=weight)
+    return sources
+
+
+def _parts(batches: list[Any], samples: int) -> list[Any]:
+    """The first `samples` of the batches, in pieces small enough for a pass with gradients."""
+    parts = []
+    for batch in batches:
+        call = Call((batch,), {})
+        count = min(_count(batch), samples)
+        parts += [call.rows(slice(k, min(k + PART, count))).args[0] for k in range(0, count, PART)]
+        samples -= count
+    return parts
+
+
+def _count(batch: Any) -> int:
+    first = first_tensor(batch)
+    return 1 if first is None else len(first)
+
+
+def _drawn_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Σ −log p(label), labels drawn from p itself: its gradient's covariance is the Fisher information."""
+    logarithm = logits.flatten(0, -2).float().log_softmax(-1)  # [predictions, classes]
+    drawn = torch.multinomial(logarithm.detach().exp().cpu(), 1, generator=generator)
+    return -logarithm.gather(-1, drawn.to(logits.device)).sum()
