@@ -11,10 +11,9 @@ from ptq.config import build, choices, companion, load_choice
 from ptq.errors import InputError
 from ptq.grids.affine import Affine, Granularity
 from ptq.grids.column_scaled import ColumnScaled
-from ptq.methods.method import GridChecker, check_pair
+from ptq.methods.method import GridChecker, RatedGridSpec, check_pair
 from ptq.methods.selecting import SelectingMethod
 from ptq.problem import LayerProblem
-from ptq.rate import RatedGridSpec
 from tests.conftest import Golden, random_problem
 
 METHODS = choices("method")
