@@ -119,6 +119,17 @@ class ActivationQuantizer(nn.Module):
             zero_point=tensors.get("zero_point"),
         )
 
+    def summary(self) -> dict[str, Any]:
+        """What a record says of the quantizer."""
+        return {
+            "bits": self.bits,
+            "granularity": self.granularity.value,
+            "signed": self.signed,
+            "zero_point": self.zero_point is not None,
+            "scales": 0 if self.scale is None else self.scale.numel(),
+            "storage_bits": self.storage_bits(),
+        }
+
     def storage_bits(self) -> int:
         """Bits of scales and zero points, as stored."""
         kept = [t for t in (self.scale, self.zero_point) if t is not None]

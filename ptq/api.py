@@ -18,6 +18,7 @@ from ptq.errors import InputError
 from ptq.grids.grid import Grid
 from ptq.methods.method import GridSpec, LayerMethod, check_pair
 from ptq.models.adapter import ModelAdapter
+from ptq.observers import Activations
 from ptq.problem import LayerProblem
 from ptq.rate import quantize_to_rate
 from ptq.report import Report
@@ -86,6 +87,7 @@ def quantize_model(
     group_size: int | None = None,
     skip: Iterable[str] = (),
     settings: str | Calibration | NoCalibration = "default",
+    activations: str | Activations = "default",
     tuning: str | Tuning | NoTuning = "none",
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -97,8 +99,9 @@ def quantize_model(
     `calibration` yields model inputs: a tensor, a tuple of positional arguments or a dict of keyword
     arguments. `bits` is a width, a name of conf/bits such as "w3g128", or a Bits object; `skip` names layers
     that stay float (wildcards allowed); `settings` a name of conf/calibration or an object: which inputs
-    layers see and what they reproduce (its sample counts are not read here). `tuning` is a name of
-    conf/tuning or an object: which float parameters are trained, without labels, once the codes stand.
+    layers see and what they reproduce (its sample counts are not read here). `activations` is a name of
+    conf/activations or an object, read where `bits` gives layer inputs a width ("w4a8"). `tuning` is a name
+    of conf/tuning or an object: which float parameters are trained, without labels, once the codes stand.
     `overrides` are hyperparameters of a method given by name.
     """
     solver, spec = _method_and_grid(method, grid, overrides)
@@ -125,6 +128,9 @@ def quantize_model(
             calibration=build(load_choice("calibration", settings), "calibration")
             if isinstance(settings, str)
             else settings,
+            activations=build(load_choice("activations", activations), "activations")
+            if isinstance(activations, str)
+            else activations,
             tuning=build(load_choice("tuning", tuning), "tuning") if isinstance(tuning, str) else tuning,
             device=where,
             seed=seed,
@@ -161,7 +167,16 @@ def _bits(bits: float | str | Bits, group_size: int | None, skip: list[str]) -> 
         named = build(load_choice("bits", bits, skip=skip, **changes), "bits")
         assert isinstance(named, Bits)
         return named
-    return Bits(weight=float(bits), group_size=group_size, first_last=None, layers={}, skip=skip)
+    return Bits(
+        weight=float(bits),
+        group_size=group_size,
+        first_last=None,
+        layers={},
+        skip=skip,
+        activation=None,
+        activation_first_last=None,
+        activation_skip=[],
+    )
 
 
 def _call(module: nn.Module, batch: Any) -> Any:

@@ -49,6 +49,8 @@ class Calibration:
     target_damping: float  # ridge of the float-path target, as a fraction of H's mean diagonal
     fresh_per_layer: bool  # samples drawn anew for each layer, as the released COMQ does (inputs=float)
     reestimate_batchnorm: bool  # at the end, on the calibration samples as they are: without augmentation
+    # add to each layer's bias what its mean output lost, E[W x] − E[Ŵ x̂]; x as `target` says, x̂ as it arrives
+    bias_correction: bool
 
     def __post_init__(self) -> None:
         if self.num_samples < 1:
@@ -89,20 +91,41 @@ class _Positions:
         return self.chosen
 
 
+@dataclass(kw_only=True)
+class Statistics:
+    """What a layer's inputs amount to; means [groups, in] only where bias correction wants them."""
+
+    H: Tensor  # X Xᵀ / tokens, [groups, in, in]
+    C: Tensor | None = None  # X_float Xᵀ / tokens
+    mean: Tensor | None = None  # of X
+    wanted_mean: Tensor | None = None  # of the inputs whose float output is wanted
+
+    def bias_change(self, W: Tensor, W_hat: Tensor) -> Tensor | None:
+        """E[W x_wanted] − E[Ŵ x], [groups, out], of W, Ŵ [groups, out, in]; None without means."""
+        if self.mean is None or self.wanted_mean is None:
+            return None
+        change = W.double() @ self.wanted_mean[..., None] - W_hat.double() @ self.mean[..., None]
+        return change[..., 0].to(W.dtype)
+
+
 class GramAccumulator:
     """Gram matrix, and cross matrix where float inputs are given too, of one layer's inputs."""
 
-    def __init__(self, layer: nn.Module, positions_per_image: int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, layer: nn.Module, positions_per_image: int | None = None, seed: int = 0, means: bool = False
+    ) -> None:
         self.layer = layer
         self.positions_per_image = positions_per_image
         self.generator = torch.Generator().manual_seed(seed)
         self.tokens = 0
         self._sum: Tensor | None = None  # [groups, in, in] float64
         self._cross: Tensor | None = None
+        self.means = means
+        self._mean_sums: Tensor | None = None  # of X and of what is wanted, [2, groups, in] float64
 
-    def add(self, x: Tensor, x_float: Tensor | None = None) -> None:
-        """Add the inputs of one batch as the layer received them, with the float model's inputs for the cross
-        matrix.
+    def add(self, x: Tensor, x_float: Tensor | None = None, wanted: Tensor | None = None) -> None:
+        """Add the inputs of one batch as the layer uses them, with the float model's inputs for the cross
+        matrix. `wanted` are the inputs whose float output is wanted on average, where these are others still.
         """
         x = x.detach()
         step = x.shape[0]
@@ -118,6 +141,12 @@ class GramAccumulator:
                 None if x_float is None else input_matrix(self.layer, x_float[part].detach().float(), choose)
             )
             self._add_tokens(X, X_float)
+            if self.means:
+                Y = X if X_float is None else X_float
+                if wanted is not None:
+                    Y = input_matrix(self.layer, wanted[part].detach().float(), choose)
+                sums = torch.stack([X.double().sum(1), Y.double().sum(1)])
+                self._mean_sums = sums if self._mean_sums is None else self._mean_sums + sums
 
     def _add_tokens(self, X: Tensor, X_float: Tensor | None) -> None:
         groups, tokens, in_features = X.shape
@@ -142,6 +171,15 @@ class GramAccumulator:
     def cross(self) -> Tensor | None:
         """C = X_float Xᵀ / tokens, [groups, in, in] float64, or None."""
         return None if self._cross is None else self._ordered(self._cross)
+
+    def statistics(self) -> Statistics:
+        """H, C and the means."""
+        if self._mean_sums is None:
+            return Statistics(H=self.gram(), C=self.cross())
+        order = weight_order(self.layer)
+        means = self._mean_sums / self.tokens
+        mean, wanted = means if order is None else means[..., order]
+        return Statistics(H=self.gram(), C=self.cross(), mean=mean, wanted_mean=wanted)
 
     def _ordered(self, total: Tensor) -> Tensor:
         """The mean over tokens with rows and columns in the order of the layer's weights."""

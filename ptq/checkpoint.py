@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ptq.activations import ActivationQuantizer
 from ptq.config import build
 from ptq.errors import InputError
 from ptq.layers import QuantizedLayer, names_of, replace_module
@@ -104,20 +105,36 @@ def contents(
     }
     state = module.get_submodule(part).state_dict(prefix=prefix)
     rest = {k: t.cpu().clone().contiguous() for k, t in state.items() if k not in packed}
-    return {n: layer.facts for n, layer in layers.items()}, packed, rest
+    return {n: {**layer.facts, **_input_facts(layer)} for n, layer in layers.items()}, packed, rest
 
 
 def replace_layers(
     module: nn.Module, layers: dict[str, dict[str, Any]], packed: dict[str, Tensor], rest: dict[str, Tensor]
 ) -> None:
     """Put quantized layers in the place of the float ones, from what `contents` gave."""
-    for name, facts in layers.items():
+    for name, stored in layers.items():
+        facts = dict(stored)
+        quantizer = _input_quantizer(facts.pop("input_quantizer", None), rest, f"{name}.input_quantizer.")
         tensors = {k.removeprefix(f"{name}."): t for k, t in packed.items() if k.rpartition(".")[0] == name}
         layer, bias = module.get_submodule(name), rest.get(f"{name}.bias")
         device = next((p.device for p in layer.parameters()), torch.device("cpu"))
-        quantized = QuantizedLayer(tensors, facts, bias).to(device).train(layer.training)
+        quantized = QuantizedLayer(tensors, facts, bias, quantizer).to(device).train(layer.training)
         for alias in names_of(module, layer):
             replace_module(module, alias, quantized)
+
+
+def _input_facts(layer: QuantizedLayer) -> dict[str, Any]:
+    return {} if layer.input_quantizer is None else {"input_quantizer": layer.input_quantizer.facts()}
+
+
+def _input_quantizer(
+    facts: dict[str, Any] | None, tensors: dict[str, Tensor], prefix: str
+) -> ActivationQuantizer | None:
+    """The quantizer of a layer's input, from the file's facts and float tensors; None where it is float."""
+    if facts is None:
+        return None
+    own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+    return ActivationQuantizer.from_storage(own, facts)
 
 
 def quantized_bytes(directory: Path | str) -> int:

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from ptq.calibration import Calibration, Inputs, Target
 from ptq.layers import weight_matrix
 from ptq.methods.method import stored_size
-from ptq.plan import Plan, allocate, skipped_parameters, trace
+from ptq.plan import Plan, allocate, allocate_activations, skipped_parameters, trace
 from ptq.problem import LayerProblem
 from ptq.rate import quantize_to_rate
 
@@ -31,7 +31,10 @@ def describe(parts: Parts, directory: Path) -> str:
     batch = parts.batches[0].to(parts.device)
     tokens, forward_seconds, plan = _trace(parts, module, batch)
     allocation = allocate(adapter, plan, parts.bits)
-    lines = [f"{'layer':40} {'groups × out × in':>20} {'bits':>6} {'bits/coefficient':>17}"]
+    inputs = allocate_activations(adapter, plan, parts.bits, allocation)
+    lines = [
+        f"{'layer':40} {'groups × out × in':>20} {'bits':>6} {'input bits':>11} {'bits/coefficient':>17}"
+    ]
     weights = stored = 0
     work: dict[str, float] = {}
     grams = 0.0
@@ -45,7 +48,9 @@ def describe(parts: Parts, directory: Path) -> str:
         work[name] = W.numel() * W.shape[-1]
         grams = max(grams, W.shape[0] * W.shape[-1] ** 2 * 8)
         shape = " × ".join(str(n) for n in W.shape)
-        lines.append(f"{name:40} {shape:>20} {width:>6g} {size / W.numel():>17.4f}")
+        lines.append(
+            f"{name:40} {shape:>20} {width:>6g} {inputs[name] or 'float':>11} {size / W.numel():>17.4f}"
+        )
     for skipped in skipped_parameters(adapter, plan, allocation):
         lines.append(f"float: {skipped['name']} {skipped['shape']}: {skipped['reason']}")
     paths = _paths(parts)

@@ -154,7 +154,7 @@ class QuantizedLayer(nn.Module):
     def weight(self) -> Tensor:
         """Ŵ in the shape of the float layer's weight, float32."""
         grid, codes = self.grid_and_codes()
-        return _shaped(grid.values(codes), self.facts["geometry"])
+        return shaped(grid.values(codes), self.facts["geometry"])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
         """Packed tensors follow the module to a device, not to another type: `.half()` spares the scales."""
@@ -167,7 +167,7 @@ class QuantizedLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
-        return _apply_weight(x, self.weight, self.bias, self.facts["geometry"])
+        return apply_weight(x, self.weight, self.bias, self.facts["geometry"])
 
     def extra_repr(self) -> str:
         return f"{self.facts['geometry']}, {self.facts['grid'].rpartition('.')[2]}, bits={self.facts['bits']}"
@@ -194,12 +194,12 @@ class TrainableLayer(nn.Module):
     def weight(self) -> Tensor:
         """Ŵ in the shape of the float layer's weight, differentiable in the grid's parameters."""
         grid = self.grid.with_parameters(dict(self.free.items()))
-        return _shaped(grid.values(self.get_buffer("codes")), self.geometry)
+        return shaped(grid.values(self.get_buffer("codes")), self.geometry)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.input_quantizer is not None:
             x = self.input_quantizer(x)
-        return _apply_weight(x, self.weight, self.bias, self.geometry)
+        return apply_weight(x, self.weight, self.bias, self.geometry)
 
     def frozen(self) -> QuantizedLayer:
         """The layer with its parameters as a file would return them."""
@@ -211,14 +211,14 @@ class TrainableLayer(nn.Module):
         return quantized.to(self.get_buffer("codes").device).train(self.training)
 
 
-def _shaped(values: Tensor, geometry: dict[str, Any]) -> Tensor:
+def shaped(values: Tensor, geometry: dict[str, Any]) -> Tensor:
     """Ŵ [groups, out, in] in the shape of the float layer's weight."""
     if geometry["kind"] == "conv2d":
         return values.reshape(geometry["out_channels"], -1, *geometry["kernel_size"])
     return values[0] if geometry["kind"] == "linear" else values[0].t()
 
 
-def _apply_weight(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: dict[str, Any]) -> Tensor:
+def apply_weight(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: dict[str, Any]) -> Tensor:
     """The layer's output for a weight in the float layer's shape."""
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
@@ -232,13 +232,22 @@ def _apply_weight(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: dict
 
 
 def quantized_layer(
-    layer: nn.Module, grid: Grid, codes: Tensor, input_quantizer: ActivationQuantizer | None = None
+    layer: nn.Module,
+    grid: Grid,
+    codes: Tensor,
+    input_quantizer: ActivationQuantizer | None = None,
+    bias_change: Tensor | None = None,
 ) -> QuantizedLayer:
-    """The replacement of a float layer for codes [groups, out, in] on a grid."""
+    """The replacement of a float layer for codes [groups, out, in] on a grid. `bias_change` [groups, out] is
+    added to the bias, which a layer without one gets.
+    """
     tensors, facts = grid.storage(codes)
     facts["geometry"] = geometry(layer)
     bias = layer.bias
     assert bias is None or isinstance(bias, Tensor)
+    if bias_change is not None:
+        change = bias_change.flatten().to(weight_matrix(layer).dtype)
+        bias = change if bias is None else bias.detach() + change
     quantized = QuantizedLayer(tensors, facts, bias, input_quantizer)
     return quantized.train(layer.training)
 

@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ptq.activations import ActivationQuantizer
 from ptq.allocation import Bits
 from ptq.batchnorm import reestimate
 from ptq.block_problem import BlockProblem
-from ptq.calibration import Calibration, GramAccumulator, Inputs, NoCalibration, Target
+from ptq.calibration import Calibration, GramAccumulator, Inputs, NoCalibration, Statistics, Target
 from ptq.capture import layer_inputs, unit_calls, unit_outputs
 from ptq.errors import InputError
 from ptq.grids.grid import Grid
@@ -29,10 +31,12 @@ from ptq.layers import QuantizedLayer, names_of, quantized_layer, replace_module
 from ptq.limit import limit_bits
 from ptq.methods.method import BlockMethod, GridSpec, LayerMethod, NetworkMethod, check_pair
 from ptq.models.adapter import ModelAdapter
+from ptq.observers import Activations, InputObserver, check_activations
 from ptq.plan import (
     Call,
     Unit,
     allocate,
+    allocate_activations,
     hooks,
     map_tensors,
     skipped_parameters,
@@ -53,6 +57,7 @@ def quantize(
     grid: GridSpec,
     bits: Bits,
     calibration: Calibration | NoCalibration,
+    activations: Activations | None = None,
     tuning: Tuning | NoTuning | None = None,
     samples: Iterable[tuple[Any, Tensor | None]] | None = None,
     redraw: Callable[[int], list[Any]] | None = None,
@@ -62,7 +67,8 @@ def quantize(
 ) -> Report:
     """Quantize `adapter.module` in place and say what was done.
 
-    `batches` are model inputs of the calibration set (for NoCalibration, one batch to trace with). `samples`
+    `batches` are model inputs of the calibration set (for NoCalibration, one batch to trace with).
+    `activations` says how layer inputs are quantized where `bits` gives them a width. `samples`
     are (batch, labels) pairs that tuning of the whole network goes over in each epoch, the unlabelled
     `batches` where it is None. `redraw(k)` gives the batches of the k-th layer, for
     calibration.fresh_per_layer. Raises InputError, with the layer's name, on NaN or infinity in weights or
@@ -70,7 +76,17 @@ def quantize(
     """
     with torch.no_grad():
         walk = _Walk(
-            adapter, batches, method, grid, bits, calibration, tuning, redraw, torch.device(device), seed
+            adapter,
+            batches,
+            method,
+            grid,
+            bits,
+            calibration,
+            activations,
+            tuning,
+            redraw,
+            torch.device(device),
+            seed,
         )
         return walk.run([(b, None) for b in batches] if samples is None else samples, progress)
 
@@ -86,6 +102,7 @@ class _Walk:
         grid: GridSpec,
         bits: Bits,
         calibration: Calibration | NoCalibration,
+        activations: Activations | None,
         tuning: Tuning | NoTuning | None,
         redraw: Callable[[int], list[Any]] | None,
         device: torch.device,
@@ -102,6 +119,7 @@ class _Walk:
             )
         check_pair(method, grid)
         check_tuning(tuning, calibration)
+        check_activations(activations, bits.activation_widths(), calibration)
         check_allocation(grid, calibration)
         if isinstance(calibration, Calibration) and calibration.fresh_per_layer and redraw is None:
             raise InputError(
@@ -112,21 +130,24 @@ class _Walk:
             grid.check(width, bits.group_size)
         self.adapter, self.method, self.grid, self.bits, self.device = adapter, method, grid, bits, device
         self.calibration, self.seed, self.redraw = calibration, seed, redraw
+        self.activations = activations
         self.tuning = tuning if isinstance(tuning, Tuning) else None
         self.batches = [map_tensors(b, lambda t: t.to(device)) for b in batches]
         self.student = adapter.module.to(device)
         _check_finite(self.student)
         self.plan = trace(adapter, self.batches[0])
         self.allocation = allocate(adapter, self.plan, bits)
+        self.activation_bits = allocate_activations(adapter, self.plan, bits, self.allocation)
         started = time.perf_counter()
         self.budget = budget(adapter, self.batches, self.allocation, bits, grid, seed=seed)
         self.report = Report(skipped=skipped_parameters(adapter, self.plan, self.allocation))
         if self.budget is not None:
             self.report.seconds["allocate"] = time.perf_counter() - started
-        self.needs_teacher = self.needs_student = False
+        self.needs_teacher = self.needs_student = self.compares = False
         if isinstance(calibration, Calibration):
             self.needs_student = calibration.inputs is Inputs.quantized
-            self.needs_teacher = calibration.inputs is Inputs.float or calibration.target is Target.float_path
+            self.compares = calibration.target is Target.float_path
+            self.needs_teacher = calibration.inputs is Inputs.float or self.compares
         self.teacher = copy.deepcopy(self.student) if self.needs_teacher else None
         # the float network that tuning looks up to, also where the layers do not need it
         self.example: nn.Module | None = self.teacher
@@ -257,15 +278,10 @@ class _Walk:
         if not stage:
             return
         started = time.perf_counter()
-        if not isinstance(self.calibration, Calibration):
-            statistics = {}
-        elif self.calibration.fresh_per_layer:
-            done = len(self.report.layers)
-            statistics = {
-                name: self._fresh_statistics(name, done + k, self.calibration) for k, name in enumerate(stage)
-            }
-        else:
-            statistics = self._statistics(unit, stage, inputs, self.calibration)
+        quantizers = self._input_quantizers(unit, stage, inputs)
+        statistics: dict[str, Statistics] = {}
+        if isinstance(self.calibration, Calibration):
+            statistics = self._statistics(unit, stage, inputs, quantizers, self.calibration)
         self.report.seconds["capture"] += time.perf_counter() - started
         for name in stage:
             started = time.perf_counter()
@@ -275,9 +291,10 @@ class _Walk:
             if self.budget is not None:
                 width = self.budget.ask(name, width)
             W = weight_matrix(layer).float()
+            seen = statistics.get(name)
             if isinstance(self.calibration, Calibration):
-                H, C = statistics[name]
-                problem = LayerProblem(name, W, H, C, self.calibration.target_damping)
+                assert seen is not None
+                problem = LayerProblem(name, W, seen.H, seen.C, self.calibration.target_damping)
             else:
                 eye = torch.eye(W.shape[-1], dtype=torch.float64, device=W.device)
                 problem = LayerProblem(name, W, eye.expand(W.shape[0], -1, -1))
@@ -287,7 +304,11 @@ class _Walk:
                 raise InputError(f"layer {name!r} {list(W.shape)}: {error}") from error
             if self.budget is not None:
                 self.budget.spend(name, sum(fitted.storage_bits(codes).values()))
-            self._replace(name, layer, problem, codes, fitted, width, time.perf_counter() - started)
+            change = None if seen is None else seen.bias_change(W, fitted.values(codes))
+            replacement = quantized_layer(layer, fitted, codes, quantizers.get(name), change)
+            self._replace(
+                name, layer, replacement, problem, codes, fitted, width, time.perf_counter() - started
+            )
             self.report.seconds["solve"] += time.perf_counter() - started
             bar.update()
 
@@ -295,6 +316,7 @@ class _Walk:
         self,
         name: str,
         layer: nn.Module,
+        replacement: QuantizedLayer,
         problem: LayerProblem,
         codes: Tensor,
         grid: Grid,
@@ -304,15 +326,16 @@ class _Walk:
         W_hat = grid.values(codes)
         if not torch.isfinite(W_hat).all():
             raise InputError(f"layer {name!r}: quantized weights hold NaN or infinity")
-        quantized = quantized_layer(layer, grid, codes).to(self.device)
+        replacement.to(self.device)
         for alias in names_of(self.student, layer):
-            replace_module(self.student, alias, quantized)
+            replace_module(self.student, alias, replacement)
         relative_error, limit = problem.relative_error(W_hat), None
         if isinstance(self.calibration, Calibration) and relative_error > 0:
             started = time.perf_counter()
             limit = limit_bits(problem.H, problem.T, relative_error)
             spent = self.report.seconds
             spent["limit"] = spent.get("limit", 0.0) + time.perf_counter() - started
+        quantizer = replacement.input_quantizer
         self.report.layers.append(
             LayerReport(
                 name=name,
@@ -322,61 +345,108 @@ class _Walk:
                 limit_bits=limit,
                 storage_bits=grid.storage_bits(codes),
                 seconds=seconds,
+                activation=None if quantizer is None else quantizer.summary(),
+                added_bias=layer.bias is None and replacement.bias is not None,
             )
         )
 
+    def _input_quantizers(
+        self, unit: Unit, stage: list[str], inputs: dict[str, list[Call]]
+    ) -> dict[str, ActivationQuantizer]:
+        """The quantizers of a stage's inputs, by layer; layers that share an input share one."""
+        leaders = {n: self._leader(unit, n, stage) for n in stage if self.activation_bits[n] is not None}
+        observers: dict[str, InputObserver] = {}
+        for name in dict.fromkeys(leaders.values()):
+            width = self.activation_bits[name]
+            assert self.activations is not None
+            assert width is not None
+            with _naming(name):
+                observers[name] = InputObserver(self.student.get_submodule(name), self.activations, width)
+        if observers and isinstance(self.calibration, Calibration):
+            for name, x, _ in self._received(unit, list(observers), inputs, self.calibration, paired=False):
+                with _naming(name):
+                    observers[name].add(x)
+        quantizers = {name: observer.quantizer().to(self.device) for name, observer in observers.items()}
+        return {name: quantizers[leader] for name, leader in leaders.items()}
+
     def _statistics(
-        self, unit: Unit, stage: list[str], inputs: dict[str, list[Call]], calibration: Calibration
-    ) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """H and, for target=float_path, C of each layer of a stage. Linear layers that share an input share
-        them too.
+        self,
+        unit: Unit,
+        stage: list[str],
+        inputs: dict[str, list[Call]],
+        quantizers: dict[str, ActivationQuantizer],
+        calibration: Calibration,
+    ) -> dict[str, Statistics]:
+        """Statistics of each layer of a stage, of its inputs as quantized. Linear layers that share an input
+        share them too.
         """
         leaders = {name: self._leader(unit, name, stage) for name in stage}
-        measured = set(leaders.values())
         accumulators = {
             name: GramAccumulator(
-                self.student.get_submodule(name), calibration.positions_per_image, self.seed
+                self.student.get_submodule(name),
+                calibration.positions_per_image,
+                self.seed,
+                means=calibration.bias_correction,
             )
-            for name in measured
+            for name in dict.fromkeys(leaders.values())
         }
-        seen_by_student = calibration.inputs is Inputs.quantized
-        for index in range(len(self.batches)):
-            float_inputs: dict[str, list[Tensor]] = {}
-            if self.teacher is not None:
-                float_inputs = self._layer_inputs("teacher", unit, measured, inputs, index)
-            if not seen_by_student:
-                for name, tensors in float_inputs.items():
-                    for x in tensors:
-                        accumulators[name].add(x)
-                continue
-            for name, tensors in self._layer_inputs("student", unit, measured, inputs, index).items():
-                pairs = float_inputs.get(name, [None] * len(tensors))
-                for x, x_float in zip(tensors, pairs, strict=True):
-                    accumulators[name].add(x, x_float)
-        result = {name: (a.gram(), a.cross()) for name, a in accumulators.items()}
+        for name, x, x_float in self._received(unit, list(accumulators), inputs, calibration, paired=True):
+            quantizer = quantizers.get(name)
+            if quantizer is None:
+                accumulators[name].add(x, x_float)
+            else:
+                accumulators[name].add(quantizer(x), x_float, wanted=x if x_float is None else x_float)
+        result = {name: accumulator.statistics() for name, accumulator in accumulators.items()}
         return {name: result[leader] for name, leader in leaders.items()}
 
-    def _fresh_statistics(
-        self, name: str, index: int, calibration: Calibration
-    ) -> tuple[Tensor, Tensor | None]:
-        """H of the layer at `index` from samples drawn for it alone, through the float network."""
+    def _received(
+        self,
+        unit: Unit,
+        names: list[str],
+        inputs: dict[str, list[Call]],
+        calibration: Calibration,
+        paired: bool,
+    ) -> Iterator[tuple[str, Tensor, Tensor | None]]:
+        """Name, what the layer receives, and, for target=float_path and `paired`, what it does in the float
+        network; batch by batch.
+        """
+        if calibration.fresh_per_layer:
+            order = [n for n in self.plan.layers() if self.allocation[n] is not None]
+            for name in names:
+                for x in self._fresh_inputs(name, order.index(name)):
+                    yield name, x, None
+            return
+        wanted, role = set(names), "student" if calibration.inputs is Inputs.quantized else "teacher"
+        for index in range(len(self.batches)):
+            float_inputs: dict[str, list[Tensor]] = {}
+            if paired and self.compares:
+                float_inputs = self._layer_inputs("teacher", unit, wanted, inputs, index)
+            for name, tensors in self._layer_inputs(role, unit, wanted, inputs, index).items():
+                pairs = float_inputs[name] if float_inputs else [None] * len(tensors)
+                for x, x_float in zip(tensors, pairs, strict=True):
+                    yield name, x, x_float
+
+    def _fresh_inputs(self, name: str, index: int) -> Iterator[Tensor]:
+        """Inputs of the layer at `index` from samples drawn for it alone, through the float network."""
         assert self.redraw is not None
         assert self.teacher is not None
         layer = self.teacher.get_submodule(name)
-        accumulator = GramAccumulator(layer, calibration.positions_per_image, self.seed)
-
-        def receive(_: nn.Module, args: tuple[Any, ...]) -> None:
-            accumulator.add(args[0])
-
-        with hooks([layer.register_forward_pre_hook(receive)]):
+        received: list[Tensor] = []
+        with hooks([layer.register_forward_pre_hook(lambda _, args: received.append(args[0]))]):
             for batch in self.redraw(index):
                 self.adapter.forward(self.teacher, map_tensors(batch, lambda t: t.to(self.device)))
-        return accumulator.gram(), None
+                yield from received
+                received.clear()
 
     def _leader(self, unit: Unit, name: str, stage: list[str]) -> str:
-        """The layer whose statistics serve `name`: the first of the stage that receives the same tensor."""
+        """The layer whose statistics serve `name`: the first of the stage that receives the same tensor and
+        quantizes it alike.
+        """
+        if isinstance(self.calibration, Calibration) and self.calibration.fresh_per_layer:
+            return name
+        width = self.activation_bits[name]
         mates = next(s for s in unit.stages if name in s)
-        return next(n for n in mates if n in stage)
+        return next(n for n in mates if n in stage and self.activation_bits[n] == width)
 
     def _layer_inputs(
         self, role: str, unit: Unit, names: set[str], inputs: dict[str, list[Call]], index: int
@@ -386,6 +456,15 @@ class _Walk:
         assert module is not None
         call = inputs[role][index] if unit.replayable and role in inputs else None
         return layer_inputs(self.adapter, module, unit, names, self.batches[index], call, self.device)
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Put the layer's name before the message of an InputError."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"layer {name!r}: {error}") from error
 
 
 def _check_finite(module: nn.Module) -> None:

@@ -79,6 +79,14 @@ def allocate(adapter: ModelAdapter, plan: Plan, bits: Bits) -> dict[str, float |
     return {name: None if name in adapter.skip else allocation[name] for name in plan.layers()}
 
 
+def allocate_activations(
+    adapter: ModelAdapter, plan: Plan, bits: Bits, allocation: dict[str, float | None]
+) -> dict[str, int | None]:
+    """Bits of the input per reached layer, None where it or the layer stays float."""
+    widths = bits.allocate_activations([*plan.layers(), *adapter.skip], [*plan.first, *plan.last])
+    return {name: None if width is None else widths[name] for name, width in allocation.items()}
+
+
 @dataclass
 class Call:
     """Arguments of one call of a unit."""

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from ptq.activations import ActivationQuantizer
+
 
 @dataclass(kw_only=True)
 class LayerReport:
@@ -19,6 +21,8 @@ class LayerReport:
     limit_bits: float | None  # rate at which no Gaussian code does better (ptq/limit.py); None without data
     storage_bits: dict[str, int]
     seconds: float
+    activation: dict[str, Any] | None = None  # of the input's quantizer; None where it stays float
+    added_bias: bool = False  # by bias correction, on a layer that had none
 
 
 @dataclass(kw_only=True)
@@ -31,6 +35,8 @@ class TuningReport:
     kept: bool  # False: the loss had not fallen and the start was restored
     steps: int
     seconds: float
+    losses: list[float] = field(default_factory=list)  # in training, means of up to a hundred equal stretches
+    undecided: float | None = None  # largest fraction of a layer's weights still between two codes at the end
 
 
 @dataclass(kw_only=True)
@@ -52,14 +58,19 @@ class Report:
         return {"codes": codes, "parameters": parameters, "total": codes + parameters}
 
     def model_bits_per_coefficient(self, module: nn.Module) -> float:
-        """Stored bits of the whole model per parameter: quantized layers as stored, all else at its float
-        width.
+        """Stored bits of the whole model per parameter of the float model: quantized layers as stored, all
+        else at its float width, with the scales and zero points of quantized inputs and biases that were
+        added.
         """
         quantized = sum(sum(layer.storage_bits.values()) for layer in self.layers)
         weights = sum(_count(layer.shape) for layer in self.layers)
-        rest = list(module.parameters())
+        quantizers = [m for m in module.modules() if isinstance(m, ActivationQuantizer)]
+        steps = {id(p) for quantizer in quantizers for p in quantizer.parameters()}
+        rest = [p for p in module.parameters() if id(p) not in steps]
         bits = quantized + sum(p.numel() * p.element_size() * 8 for p in rest)
-        return bits / max(1, weights + sum(p.numel() for p in rest))
+        bits += sum(quantizer.storage_bits() for quantizer in quantizers)
+        added = sum(layer.shape[0] * layer.shape[1] for layer in self.layers if layer.added_bias)
+        return bits / max(1, weights + sum(p.numel() for p in rest) - added)
 
 
 def _count(shape: list[int]) -> int:

@@ -30,13 +30,25 @@ from ptq.errors import InputError
 from ptq.methods.method import check_pair
 from ptq.methods.selecting import SelectingMethod, chooses
 from ptq.models.adapter import ModelAdapter
+from ptq.observers import Activations, check_activations
 from ptq.records import RECORD, config_hash, finished, versions, write_json
 from ptq.seeding import isolated_seed
 from ptq.selection import Trials, select, validation_evaluation
 from ptq.tuning import NoTuning, Scope, Tuning, check_tuning
 
 log = logging.getLogger(__name__)
-GROUPS = ("model", "data", "calibration", "grid", "bits", "method", "tuning", "eval", "tracker")
+GROUPS = (
+    "model",
+    "data",
+    "calibration",
+    "grid",
+    "bits",
+    "activations",
+    "method",
+    "tuning",
+    "eval",
+    "tracker",
+)
 
 
 @dataclass(kw_only=True)
@@ -78,6 +90,7 @@ class Parts:
     grid: Any
     bits: Bits
     calibration: Calibration | NoCalibration
+    activations: Activations
     tuning: Tuning | NoTuning
     samples: Samples | None  # what tuning of the whole network goes over
     redraw: Callable[[int], list[Tensor]]  # the batches of the k-th layer, where each has its own
@@ -162,12 +175,14 @@ def prepare(config: DictConfig, settings: Settings) -> Parts:
     grid = build(config.grid, "grid")
     bits = build(config.bits, "bits")
     calibration = build(config.calibration, "calibration")
+    activations = build(config.activations, "activations")
     tuning = build(config.tuning, "tuning")
     evaluation = build(config.eval, "eval")
     tracker = build(config.tracker, "tracker")
     data = build(config.data, "data")
     check_pair(method, grid)
     check_tuning(tuning, calibration)
+    check_activations(activations, bits.activation_widths(), calibration)
     for width in bits.widths():
         grid.check(width, bits.group_size)
     if isinstance(calibration, NoCalibration) and method.needs_gram:
@@ -195,6 +210,7 @@ def prepare(config: DictConfig, settings: Settings) -> Parts:
             seed=settings.seed,
         )
     bits.allocate(adapter.quantizable(), [])
+    bits.allocate_activations(adapter.quantizable(), [])
     return Parts(
         adapter=adapter,
         data=data,
@@ -203,6 +219,7 @@ def prepare(config: DictConfig, settings: Settings) -> Parts:
         grid=grid,
         bits=bits,
         calibration=calibration,
+        activations=activations,
         tuning=tuning,
         samples=samples,
         redraw=lambda k: calibration_batches(source, adapter, calibration, settings.seed + k),
@@ -234,6 +251,7 @@ def _execute(
         grid=parts.grid,
         bits=parts.bits,
         calibration=parts.calibration,
+        activations=parts.activations,
         tuning=parts.tuning,
         samples=parts.samples,
         redraw=parts.redraw,

@@ -82,7 +82,7 @@ class Trials:
                 [self.batch],
                 method=self.method,
                 grid=grid,
-                bits=replace(self.bits, weight=bits),
+                bits=replace(self.bits, weight=bits, activation=None, activation_first_last=None),
                 calibration=NoCalibration(),
                 device=self.device,
                 seed=self.seed,

@@ -95,7 +95,7 @@ def test_every_experiment_composes_and_says_what_it_is(name: str) -> None:
         (["-m", "method=rtn,gptk"], "unknown method 'gptk'.*did you mean 'gptq'"),
         (["model=resnet19"], "unknown model 'resnet19'.*did you mean 'resnet18'"),
         (["data=cifar"], "unknown data 'cifar'.*did you mean 'cifar10'"),
-        (["bits=w44"], "unknown bits 'w44'.*did you mean 'w4'"),
+        (["bits=w_4"], "unknown bits 'w_4'.*did you mean 'w4'"),
         (["bits=1.5"], "unknown bits '1.5'"),
         (["+experiment=quickstrat"], "unknown experiment 'quickstrat'.*did you mean 'quickstart'"),
         (["method.sweps=3"], "unknown key 'method.sweps'.*did you mean 'method.sweeps'"),

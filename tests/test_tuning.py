@@ -12,7 +12,6 @@ from torch.testing import assert_close
 
 import ptq
 from ptq import pipeline
-from ptq.allocation import Bits
 from ptq.calibration import NoCalibration
 from ptq.config import choices
 from ptq.errors import InputError
@@ -206,7 +205,7 @@ def adapter(module: nn.Module, task: str) -> ModelAdapter:
 
 def quantize(net: tuple[Net, list[Tensor]], settings: Tuning, **extra: Any) -> pipeline.Report:
     module, batches = copy.deepcopy(net[0]), net[1]
-    bits = Bits(weight=3.0, group_size=None, first_last=None, layers={}, skip=[])
+    bits = ptq.config.build(ptq.config.load_choice("bits", "w3"))
     parts: dict[str, Any] = {
         "calibration": ptq.config.build(ptq.config.load_choice("calibration", "default"))
     }
