@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 MISSING = "–"
@@ -24,6 +24,7 @@ KNOWN_METHODS = (
     "autoround",
     "gradient_ptq",
     "qft",
+    "watersic",
 )
 
 WORDS = {
@@ -78,6 +79,27 @@ def method_order(label: str) -> tuple[int, str, bool, str]:
     family = method_family(label)
     position = KNOWN_METHODS.index(family) if family in KNOWN_METHODS else len(KNOWN_METHODS)
     return position, family, label != family, label
+
+
+def short_labels(labels: Iterable[str]) -> dict[str, str]:
+    """What figures call each label: `comq (grid=ptnq, sweeps=5)` → `comq · ptnq, sweeps=5`.
+
+    A value that is a word says what it is without its key. Labels that would then read alike stay.
+    """
+    wanted = list(dict.fromkeys(labels))
+    short = {label: _short(label) for label in wanted}
+    return {label: text if list(short.values()).count(text) == 1 else label for label, text in short.items()}
+
+
+def _short(label: str) -> str:
+    parts = re.fullmatch(r"(?P<name>[^(]+) \((?P<keys>.*)\)(?P<rest>.*)", label)
+    if not parts:
+        return label
+    keys = [
+        re.sub(r"^\S+=(?=[a-z_]+[a-z]\w*$)(?!true$|false$|null$|unset$)", "", key)
+        for key in parts["keys"].split(", ")
+    ]
+    return f"{parts['name']} · {', '.join(keys)}{parts['rest']}"
 
 
 def format_percent(value: float) -> str:

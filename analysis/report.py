@@ -11,10 +11,12 @@ from analysis import paper_table, savings_table, tables
 from analysis.bits_saved import bits_saved
 from analysis.collect import aggregate, collect_all
 from analysis.compare import compare
-from analysis.curves import curve_points, write_curves, write_layer_errors
+from analysis.curves import curve_points, write_curves
 from analysis.files import write_csv, write_text
+from analysis.layer_figure import write_layers
 from analysis.names import method_order
 from analysis.papers import papers, published
+from analysis.time_figure import write_times
 
 
 class NoRecordsError(ValueError):
@@ -88,7 +90,8 @@ def write_report(
         write_csv(folder / "bits_saved.csv", savings),
         write_text(folder / "bits_saved.tex", savings_table.latex(savings)),
         *write_curves(cells, folder),
-        *write_layer_errors(found.layers, cells, folder),
+        *write_times(cells, folder),
+        *write_layers(found.layers, cells, folder),
     ]
     beside = ""
     if paper:

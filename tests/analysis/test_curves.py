@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from pathlib import Path
 
 import pandas as pd
@@ -9,8 +8,7 @@ import pytest
 from record_factory import failed, record, write
 
 from analysis.collect import aggregate, collect
-from analysis.curves import MARKS, curve_points, draw_curves, mark, pick_ticks, plain_number
-from analysis.names import KNOWN_METHODS
+from analysis.curves import curve_points, draw_curves
 
 
 def cells(folder: Path, *records: dict) -> pd.DataFrame:
@@ -37,20 +35,6 @@ def test_group_sizes_are_lines_of_their_own(tmp_path: Path) -> None:
     assert set(curve_points(found)["line"]) == {"comq", "comq · g128"}
 
 
-def test_every_known_method_has_its_own_mark() -> None:
-    assert set(MARKS) == set(KNOWN_METHODS)
-    assert len(set(MARKS.values())) == len(MARKS)
-    assert len({colour for colour, _ in MARKS.values()}) == len(MARKS)
-
-
-def test_a_variant_has_the_colour_of_its_family_and_another_line() -> None:
-    labels = ["comq", "comq_release", "rtn"]
-    base, variant = mark("comq", labels), mark("comq_release", labels)
-    assert (base.colour, base.marker) == (variant.colour, variant.marker)
-    assert base.line != variant.line
-    assert mark("new_method") == mark("new_method", ["new_method", "rtn"])
-
-
 def test_each_panel_has_its_lines_and_plain_ticks(tmp_path: Path) -> None:
     options = {"metric": "perplexity", "data": "topics", "before": 3.9}
     found = cells(
@@ -69,15 +53,51 @@ def test_each_panel_has_its_lines_and_plain_ticks(tmp_path: Path) -> None:
     assert low < 10 < 98.5 < high
 
 
-def test_ticks_are_round_first_and_apart() -> None:
-    ticks = pick_ticks([[1, 10, 100], [2, 5, 20, 50]], math.log10, 1, 100)
-    assert {1, 10, 100} <= set(ticks)
-    heights = [math.log10(tick) for tick in ticks]
-    assert min(b - a for a, b in pairwise(heights)) >= 0.26
+def test_the_front_is_what_nothing_beats(tmp_path: Path) -> None:
+    found = cells(
+        tmp_path,
+        record(method="rtn", bits=4, result=97.0, stored=4.1),
+        record(method="comq", bits=4, result=97.0, stored=4.2),
+        record(method="comq", bits=2, result=90.0, stored=2.2),
+        record(method="gptq", bits=3, result=89.0, stored=3.1),
+        record("topics_llama", "rtn", 4, 4.0, metric="perplexity", before=3.9, stored=4.1),
+        record("topics_llama", "rtn", 3, 5.0, metric="perplexity", before=3.9, stored=3.1),
+        record("topics_llama", "comq", 4, 4.5, metric="perplexity", before=3.9, stored=4.0),
+    )
+    points = curve_points(found).set_index(["model", "method", "bits"])
+    assert set(points.index[points["pareto"]]) == {
+        ("digits_resnet", "rtn", "W4"),
+        ("digits_resnet", "comq", "W2"),
+        ("topics_llama", "rtn", "W4"),
+        ("topics_llama", "rtn", "W3"),
+        ("topics_llama", "comq", "W4"),
+    }
 
 
-@pytest.mark.parametrize(
-    ("value", "text"), [(0.05, "0.05"), (20.0, "20"), (3000.0, "3,000"), (1e6, "1e6"), (1e-5, "1e-5")]
-)
-def test_plain_number(value: float, text: str) -> None:
-    assert plain_number(value) == text
+def test_one_width_only_still_draws(tmp_path: Path) -> None:
+    found = cells(tmp_path, record(method="rtn", result=80.0), record(method="comq", result=90.0))
+    (axis,) = draw_curves(curve_points(found)).axes
+    assert axis.get_xlim()[0] < 3.0625 < axis.get_xlim()[1]
+    assert {text.get_text() for text in axis.texts} >= {"rtn", "comq", "float 98.50"}
+
+
+def test_few_lines_are_labelled_in_place_and_many_in_a_legend(tmp_path: Path) -> None:
+    few = [record(method=name, bits=b, result=50 + 10 * b) for name in ("rtn", "comq") for b in (2, 3, 4)]
+    figure = draw_curves(curve_points(cells(tmp_path / "few", *few)))
+    assert figure.legends == []
+    many = [record(method=f"method{i}", bits=b, result=50 + 10 * b + i) for i in range(12) for b in (2, 3, 4)]
+    figure = draw_curves(curve_points(cells(tmp_path / "many", *many)))
+    entries = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert len(entries) == 14  # with the front and full precision
+    figure.draw_without_rendering()
+    assert figure.axes[0].get_window_extent().height > 0.9 * figure.dpi  # the legend squeezes nothing
+
+
+def test_a_collapsed_point_does_not_squash_the_rest(tmp_path: Path) -> None:
+    options = {"metric": "perplexity", "data": "topics", "before": 3.9}
+    results = ((4, 3.95), (3, 4.3), (2, 60_000.0))
+    found = cells(tmp_path, *(record("topics_llama", bits=b, result=r, **options) for b, r in results))
+    (axis,) = draw_curves(curve_points(found)).axes
+    heights = [axis.transAxes.inverted().transform(axis.transData.transform((3, r)))[1] for _, r in results]
+    assert heights[1] - heights[0] > 0.1
+    assert 0 < min(heights) < max(heights) < 1

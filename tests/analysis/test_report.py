@@ -17,9 +17,14 @@ FILES = [
     "curves.png",
     "curves.pdf",
     "curves.csv",
-    "layer_errors.png",
-    "layer_errors.pdf",
-    "layer_errors.csv",
+    "time.png",
+    "time.pdf",
+    "time.csv",
+    "layers_digits_resnet.png",
+    "layers_digits_resnet.pdf",
+    "layers_topics_llama.png",
+    "layers_topics_llama.pdf",
+    "layers.csv",
 ]
 
 

@@ -1,0 +1,121 @@
+"""What a result costs: the seconds of the method against the result, a panel per model and bits setting.
+
+The passes that collect calibration statistics are the same for all methods and are not counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis.curves import pareto_front
+from analysis.direct_labels import label_points, labelled_directly
+from analysis.files import STYLE, write_csv, write_figure
+from analysis.layer_figure import bits_settings
+from analysis.names import method_order
+from analysis.plotting import (
+    NOTE_COLOUR,
+    PARETO_LINE,
+    float_line,
+    handles,
+    log_axis,
+    mark,
+    panels,
+    result_axis,
+    strips,
+    wide,
+)
+from analysis.tables import block_metric, split_by_model
+
+SECONDS = "solve_seconds"
+X_LABEL = "seconds, without calibration"
+
+
+def time_points(cells: pd.DataFrame) -> pd.DataFrame:
+    """The cells with a result and a time; `pareto`: no other of its panel is as good in less time."""
+    known = [
+        math.isfinite(row["mean"]) and math.isfinite(row[SECONDS]) and row[SECONDS] > 0
+        for _, row in cells.iterrows()
+    ]
+    names = ["model", "data", "metric", "method", "bits", SECONDS, "mean", "std", "n", "float"]
+    points = cells.loc[known, names].copy()
+    front: list[int] = []
+    for _, block in split_by_model(points):
+        metric = block_metric(block)
+        assert metric is not None
+        for _, panel in block.groupby("bits"):
+            front += pareto_front(panel, SECONDS, metric.higher_is_better)
+    return points.assign(pareto=points.index.isin(front))
+
+
+def draw_times(points: pd.DataFrame, settings: Sequence[str], labels: Sequence[str] = ()) -> Figure:
+    """A row of panels per model, a panel per bits setting: x the seconds on a log axis, y the result."""
+    blocks = split_by_model(points)
+    present = [[each for each in settings if each in set(block["bits"])] for _, block in blocks]
+    columns = min(3, max(map(len, present)))
+    rows = [
+        (title, block, strip)
+        for (title, block), own in zip(blocks, present, strict=True)
+        for strip in strips(own, columns)
+    ]
+    with mpl.rc_context(fname=STYLE):
+        shown = sorted(set(points["method"]), key=method_order)
+        labels, direct = labels or shown, labelled_directly(shown)
+        entries = [] if direct else handles(shown, labels, with_pareto=True, with_lines=False)
+        figure, axes = panels(len(rows) * columns, columns, wide(columns), 1.75, entries)
+        drawn: list[tuple[Axes, pd.DataFrame]] = []
+        for row, (title, block, strip) in enumerate(rows):
+            for column, axis in enumerate(axes[row * columns : (row + 1) * columns]):
+                if column >= len(strip):
+                    axis.remove()
+                    continue
+                panel = block[block["bits"] == strip[column]]
+                _draw_panel(axis, panel, labels, named=column == 0)
+                axis.set_title(f"{title} · {strip[column]}" if column == 0 else strip[column], loc="left")
+                if row == len(rows) - 1:
+                    axis.set_xlabel(X_LABEL)
+                drawn.append((axis, panel))
+        for axis, panel in drawn:
+            metric = block_metric(panel)
+            assert metric is not None
+            if direct:
+                places = {row["method"]: (row[SECONDS], row["mean"]) for _, row in panel.iterrows()}
+                label_points(figure, axis, places, labels, panel["float"].dropna())
+            float_line(axis, metric, panel["float"].dropna())
+    return figure
+
+
+def write_times(cells: pd.DataFrame, folder: Path) -> list[Path]:
+    """Write time.png, .pdf and .csv; nothing when no cell has both a result and a time."""
+    points = time_points(cells)
+    if points.empty:
+        return []
+    figure = draw_times(points, bits_settings(cells))
+    return [*write_figure(figure, folder, "time"), write_csv(folder / "time.csv", points)]
+
+
+def _draw_panel(axis: Axes, panel: pd.DataFrame, labels: Sequence[str], named: bool) -> None:
+    metric = block_metric(panel)
+    assert metric is not None
+    front = panel[panel["pareto"]].sort_values(SECONDS)
+    axis.plot(front[SECONDS], front["mean"], **PARETO_LINE)
+    for label in sorted(set(panel["method"]), key=method_order):
+        cell = panel[panel["method"] == label]
+        options = mark(label, labels).options() | {"linestyle": ""}
+        spread = cell["std"].fillna(0.0) if (cell["n"] > 1).any() else None
+        axis.errorbar(cell[SECONDS], cell["mean"], yerr=spread, elinewidth=0.9, **options)
+    reached = pd.concat([panel["mean"], panel["float"]])
+    scale = result_axis(axis, metric, reached[np.isfinite(reached)])
+    log_axis(axis, panel[SECONDS], margin=0.12, which="x")
+    if named:
+        axis.set_ylabel(f"{metric.title}, {metric.direction}{scale}")
+    elif scale:
+        size = mpl.rcParams["xtick.labelsize"]
+        axis.set_title(scale.strip("\n()"), loc="right", fontsize=size, color=NOTE_COLOUR)

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from record_factory import record, write
+
+from analysis.collect import aggregate, collect_all
+from analysis.layer_figure import LIMIT_LABEL, draw_layers, layer_points, write_layers
+
+
+def layers(*errors: float, limit: float | None = 2.0) -> list[dict]:
+    return [
+        {
+            "name": f"layer{i}",
+            "shape": [1, 8, 8],
+            "relative_error": e,
+            "bits_per_coefficient": 3.5,
+            "limit_bits": limit,
+        }
+        for i, e in enumerate(errors)
+    ]
+
+
+def test_points_are_means_over_seeds_with_the_bits_above_the_limit(tmp_path: Path) -> None:
+    write(tmp_path, record(seed=0, layers=layers(0.1, 0.2)), record(seed=1, layers=layers(0.3, 0.2)))
+    points = layer_points(collect_all([tmp_path]).layers)
+    assert points["relative_error"].tolist() == pytest.approx([0.2, 0.2])
+    assert points["bits_above_limit"].tolist() == [1.5, 1.5]
+    assert points["n"].tolist() == [2, 2]
+    assert points["position"].tolist() == [1, 2]
+
+
+def test_a_column_per_width_and_a_row_for_the_limit(tmp_path: Path) -> None:
+    write(tmp_path, *(record(bits=bits, layers=layers(0.1, 0.01)) for bits in (4, 2)))
+    points = layer_points(collect_all([tmp_path]).layers)
+    axes = draw_layers(points, "Digits", ["W4", "W3", "W2"]).axes
+    assert [axis.get_title(loc="left") for axis in axes] == ["Digits · W4", "W2", "", ""]
+    assert [axis.get_yscale() for axis in axes] == ["log", "log", "linear", "linear"]
+    assert all(LIMIT_LABEL in [text.get_text() for text in axis.texts] for axis in axes[2:])
+    assert axes[2].get_ylim()[0] < 0 < 1.5 < axes[2].get_ylim()[1]
+
+
+def test_without_a_limit_errors_only(tmp_path: Path) -> None:
+    write(tmp_path, record(layers=layers(0.1, 0.0, limit=None)))
+    points = layer_points(collect_all([tmp_path]).layers)
+    assert len(draw_layers(points, "Digits", ["W3"]).axes) == 1
+
+
+def test_a_fourth_width_goes_below(tmp_path: Path) -> None:
+    write(tmp_path, *(record(bits=bits, layers=layers(0.1, 0.2)) for bits in (2, 3, 4, 5)))
+    points = layer_points(collect_all([tmp_path]).layers)
+    titles = [axis.get_title(loc="left") for axis in draw_layers(points, "D", ["W5", "W4", "W3", "W2"]).axes]
+    assert [title for title in titles if title] == ["D · W5", "W4", "W3", "D · W2"]
+
+
+def test_a_figure_per_model_and_nothing_without_errors(tmp_path: Path) -> None:
+    write(tmp_path, record(), record("digits_vit", layers=layers(0.0)))
+    found = collect_all([tmp_path])
+    paths = write_layers(found.layers, aggregate(found.frame), tmp_path)
+    assert [path.name for path in paths] == [
+        "layers_digits_resnet.png",
+        "layers_digits_resnet.pdf",
+        "layers.csv",
+    ]
+    only = collect_all([write(tmp_path / "zero", record(layers=layers(0.0)))])
+    assert write_layers(only.layers, aggregate(only.frame), tmp_path / "zero") == []
