@@ -1,4 +1,5 @@
-"""Tuning: training of float parameters (scales, offsets, levels, norms, biases) with the codes frozen.
+"""Tuning: training of float parameters (scales, offsets, levels, norms, biases, scales of quantized inputs)
+with the codes frozen.
 
 Block scope is decoupleQ's block-wise stage (Guo et al., arXiv 2404.12759, Eq. 2): after all layers of a block
 are quantized, the float parameters are trained so that the quantized block gives what the float block gives
@@ -75,6 +76,7 @@ class Tuning:
     grids: bool  # scales, offsets, levels of the quantized layers
     norms: bool  # weights and biases of normalisation layers
     biases: bool  # of the quantized layers
+    activations: bool  # scales of the quantized layers' inputs, where these are quantized (LSQ)
     others: bool  # all else that is no layer's weight or bias: class token, positions, tables of attention
     optimizer: Optimizer
     learning_rate: float
@@ -98,9 +100,10 @@ class Tuning:
             )
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise InputError(f"tuning.betas must be two numbers in [0, 1); got {self.betas}")
-        if not (self.grids or self.norms or self.biases or self.others):
+        if not (self.grids or self.norms or self.biases or self.activations or self.others):
             raise InputError(
-                "tuning has nothing to train: set one of grids, norms, biases, others to true, or tuning=none"
+                "tuning has nothing to train: set one of grids, norms, biases, activations, others to true, "
+                "or tuning=none"
             )
         if self.scope is Scope.block and self.loss not in (Loss.mse, Loss.relative_mse):
             raise InputError(
@@ -116,14 +119,14 @@ class Tuning:
     def tune_block(self, problem: BlockProblem) -> TuningReport:
         """Train the block in place so that it maps the calls to the targets."""
         block, calls, targets = problem.block, problem.calls, problem.targets
-        with _Float32(block), torch.enable_grad():
-            pieces = list(_slices(block, calls, targets, self.batch_size))
+        with Float32(block), torch.enable_grad():
+            pieces = list(slices(block, calls, targets, self.batch_size))
             scale = _mean_square(targets) if self.loss is Loss.relative_mse else 1.0
             device = next((t.device for t in [*block.parameters(), *block.buffers()]), torch.device("cpu"))
 
             def loss(piece: tuple[Call, Tensor]) -> Tensor:
                 call, target = piece[0].to(device).cloned(), piece[1].to(device)
-                output = first_tensor(block(*_float32(call.args), **_float32(call.kwargs)))
+                output = first_tensor(block(*float32(call.args), **float32(call.kwargs)))
                 assert output is not None
                 return F.mse_loss(output, target.float()) / scale
 
@@ -241,6 +244,8 @@ class Tuning:
                     add(part.free.values())
                 if self.biases and part.bias is not None:
                     add([part.bias])
+                if self.activations and part.input_quantizer is not None:
+                    add(part.input_quantizer.parameters())
             elif isinstance(part, QUANTIZABLE):
                 taken |= {id(p) for p in own}
             elif is_norm(part):
@@ -325,7 +330,7 @@ def _exchange(root: nn.Module, kind: type[nn.Module], make: Callable[[Any], nn.M
             replace_module(root, name, made)
 
 
-def _slices(
+def slices(
     block: nn.Module, calls: list[Call], targets: list[Tensor], size: int
 ) -> Iterator[tuple[Call, Tensor]]:
     """Calls and targets cut to `size` samples where the block treats samples one by one, else whole."""
@@ -348,7 +353,7 @@ def _separable(block: nn.Module, call: Call, target: Tensor, size: int) -> bool:
     def run(part: Call) -> Tensor | None:
         there = part.to(device).cloned()
         try:
-            return first_tensor(block(*_float32(there.args), **_float32(there.kwargs)))
+            return first_tensor(block(*float32(there.args), **float32(there.kwargs)))
         except RuntimeError:
             return None
 
@@ -359,7 +364,7 @@ def _separable(block: nn.Module, call: Call, target: Tensor, size: int) -> bool:
     return difference <= 1e-3 * float(together.abs().max())
 
 
-class _Float32:
+class Float32:
     """A half-precision module in float32 for the while: small steps would be lost in its rounding."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -378,7 +383,7 @@ class _Float32:
                 tensor.data = tensor.data.to(self.types[name])
 
 
-def _float32(value: Any) -> Any:
+def float32(value: Any) -> Any:
     return map_tensors(value, lambda t: t.float() if t.is_floating_point() else t)
 
 

@@ -95,18 +95,21 @@ def test_block_tuning_lowers_the_block_loss_on_every_grid(choice, net, grid: str
         ({"grids": True}, {"scale"}),
         ({"norms": True}, {"weight", "bias"}),
         ({"biases": True}, {"bias"}),
+        ({"activations": True}, {"input_quantizer.scale"}),
         ({"others": True}, {"positions"}),
     ],
-    ids=["grids", "norms", "biases", "others"],
+    ids=["grids", "norms", "biases", "activations", "others"],
 )
 def test_only_what_is_named_is_trained(choice, net, flags: dict, expected: set[str]) -> None:
     module, batches = net
-    off = {"grids": False, "norms": False, "biases": False, "others": False}
+    off = {"grids": False, "norms": False, "biases": False, "activations": False, "others": False}
     settings = choice("tuning", "network", epochs=1, learning_rate=0.01, **{**off, **flags})
-    plain, _ = ptq.quantize_model(module, batches, "rtn", "affine", 3)
-    tuned, _ = ptq.quantize_model(module, batches, "rtn", "affine", 3, tuning=settings)
+    plain, _ = ptq.quantize_model(module, batches, "rtn", "affine", "w3a3")
+    tuned, _ = ptq.quantize_model(module, batches, "rtn", "affine", "w3a3", tuning=settings)
     changed = differing(plain, tuned)
-    assert {name.rpartition(".")[2] for name in changed} == expected
+    kinds = {name.rpartition(".")[2] for name in changed if "input_quantizer" not in name}
+    kinds |= {"input_quantizer.scale" for name in changed if name.endswith("input_quantizer.scale")}
+    assert kinds == expected
     norms = {n for n in changed if n.rpartition(".")[0] in ("norm", "blocks.0.norm", "blocks.1.norm")}
     assert norms == (changed if "norms" in flags else set())
     for a, b in zip(codes_of(plain).values(), codes_of(tuned).values(), strict=True):
@@ -246,7 +249,7 @@ def test_fresh_samples_for_each_layer(choice, net) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"grids": False, "norms": False, "biases": False}, "nothing to train"),
+        ({"grids": False, "norms": False, "biases": False, "activations": False}, "nothing to train"),
         ({"loss": "kl"}, "a block has none of"),
         ({"learning_rate": 0.0}, "learning_rate > 0.*got 0"),
         ({"betas": [0.9]}, "two numbers"),
