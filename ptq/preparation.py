@@ -127,15 +127,19 @@ def spread_inputs(layer: nn.Module, per_channel: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def rescale(module: nn.Module, graph: ScaleGraph, factors: Tensor) -> None:
+def rescale(
+    module: nn.Module, graph: ScaleGraph, factors: Tensor, done: frozenset[str] = frozenset()
+) -> None:
     """Measure every channel in a unit `factors` times as large: its values are divided by that.
 
     Weights, biases and affine parameters of norms take the change up in place; the network's function stays.
-    factors[REAL] must be 1.
+    Layers in `done` have taken it up already. factors[REAL] must be 1.
     """
     if float(factors[REAL]) != 1:
         raise ValueError(f"the unit REAL cannot be changed; got a factor of {float(factors[REAL])}")
     for name, channels in graph.layers.items():
+        if name in done:
+            continue
         layer = module.get_submodule(name)
         weight, bias = layer.weight, layer.bias
         assert isinstance(weight, nn.Parameter)

@@ -16,17 +16,18 @@ from torch import Tensor, nn
 
 from ptq.activations import ActivationQuantizer
 from ptq.grids.affine import AffineGrid
-from ptq.layers import QuantizedLayer, apply_weight, geometry, shaped, weight_matrix
+from ptq.layers import QuantizedLayer, apply_weight, geometry, shaped
 from ptq.models.graph import REAL, Channels
 
 
 class SharedScales(nn.Module):
     """What several layers share, as base-2 logarithms: factors of two change them exactly."""
 
-    def __init__(self, units: Tensor, steps: Tensor) -> None:
+    def __init__(self, units: Tensor, steps: Tensor, fixed_steps: set[int]) -> None:
         super().__init__()
         self.log_units = nn.Parameter(units.float().log2(), requires_grad=False)
         self.log_steps = nn.Parameter(steps.float().log2(), requires_grad=False)  # [tensors]
+        self.fixed_steps = fixed_steps  # of tensors whose step is not trained
         free = torch.ones_like(self.log_units)
         free[REAL] = 0
         self.register_buffer("free", free, persistent=False)
@@ -36,7 +37,8 @@ class SharedScales(nn.Module):
         return torch.exp2(self.log_units * self.get_buffer("free"))
 
     def step(self, tensor: int) -> Tensor:
-        return torch.exp2(self.log_steps[tensor])
+        log_step = self.log_steps[tensor]
+        return torch.exp2(log_step.detach() if tensor in self.fixed_steps else log_step)
 
 
 class RescaledLayer(nn.Module):
@@ -48,6 +50,7 @@ class RescaledLayer(nn.Module):
         channels: Channels,
         scales: SharedScales,
         *,
+        weight: Tensor,
         right: Tensor,
         bits: int,
         code_min: int,
@@ -58,7 +61,7 @@ class RescaledLayer(nn.Module):
         super().__init__()
         self.geometry = geometry(layer)
         self.shared = (scales,)  # in a tuple: the parameters are not this layer's own
-        self.weight = nn.Parameter(weight_matrix(layer).float().clone(), requires_grad=False)
+        self.weight = nn.Parameter(weight.clone(), requires_grad=False)  # [groups, out, in]
         bias = layer.bias
         assert bias is None or isinstance(bias, Tensor)
         self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone(), requires_grad=False)

@@ -1,0 +1,178 @@
+"""Methods that quantize the network as one: what they are given, and how the pipeline calls them.
+
+The counterpart of the walk in ptq/pipeline.py. BatchNorms are folded and the network is traced first, so a
+model that cannot be traced is refused before anything is computed.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from ptq.allocation import Bits
+from ptq.calibration import Calibration, NoCalibration
+from ptq.errors import InputError
+from ptq.layers import QuantizedLayer
+from ptq.methods.method import GridSpec, LayerMethod
+from ptq.models.adapter import ModelAdapter
+from ptq.models.graph import ScaleGraph
+from ptq.observers import Activations, check_activations
+from ptq.plan import Plan, allocate, allocate_activations, skipped_parameters, trace
+from ptq.preparation import folded_graph
+from ptq.report import LayerReport, Report, TuningReport
+from ptq.tuning import NoTuning, Tuning
+
+
+@dataclass(kw_only=True)
+class NetworkProblem:
+    """A float network to quantize as one; everything lies on one device."""
+
+    adapter: ModelAdapter  # its module is float with BatchNorms folded, and is changed in place
+    graph: ScaleGraph
+    batches: list[Tensor]  # calibration images
+    bits: dict[str, int]  # of the weights, by layer to quantize
+    activation_bits: dict[str, int | None]  # of these layers' inputs
+    activations: Activations | None  # how ranges of inputs are found; None where all stay float
+    grid: GridSpec
+    start: dict[str, QuantizedLayer]  # what the method's `start` made of the layers; empty without
+    seed: int
+    progress: bool
+
+
+@dataclass(kw_only=True)
+class NetworkSolution:
+    """Facts about a network that was quantized as one."""
+
+    relative_errors: dict[str, float]  # of each layer's output on the float network's inputs
+    tuning: TuningReport
+
+
+@runtime_checkable
+class WholeNetworkMethod(Protocol):
+    """A method that quantizes all layers at once."""
+
+    needs_gram: ClassVar[bool]
+
+    def start_method(self) -> LayerMethod | None:
+        """The layer-wise method whose result it begins with, or None."""
+
+    def passes(self) -> float:
+        """Forward passes over the calibration set that its work costs about as much as."""
+
+    def quantize_network(self, problem: NetworkProblem) -> NetworkSolution:
+        """Put a QuantizedLayer in the place of each layer to quantize, in place."""
+
+
+def check_whole(
+    adapter: ModelAdapter, bits: Bits, calibration: Calibration | NoCalibration, tuning: Any
+) -> None:
+    """Raise InputError where no method can quantize the network as one."""
+    if adapter.task == "language_modeling":
+        raise InputError(
+            f"{adapter.name!r} is a language model, which cannot be traced into a graph of channels; "
+            "use a layer-wise method (comq, gptq, decoupleq)"
+        )
+    if isinstance(calibration, NoCalibration):
+        raise InputError("a method that trains the network needs calibration data, not calibration=none")
+    if bits.group_size is not None:
+        raise InputError(
+            f"a scale matrix of rank one has no groups of inputs; got bits.group_size={bits.group_size}, "
+            "use null"
+        )
+    fractional = [width for width in bits.widths() if width != int(width) or not 2 <= width <= 16]
+    if fractional:
+        raise InputError(f"bits must be integers from 2 to 16 here; got {fractional[0]:g}")
+    if isinstance(tuning, Tuning):
+        raise InputError("a method that trains the network itself takes no tuning; say tuning=none")
+
+
+def quantize_whole(
+    adapter: ModelAdapter,
+    batches: list[Tensor],
+    solve: Callable[[ModelAdapter, LayerMethod], Report],
+    *,
+    method: WholeNetworkMethod,
+    grid: GridSpec,
+    bits: Bits,
+    calibration: Calibration | NoCalibration,
+    activations: Activations | None,
+    tuning: Tuning | NoTuning | None,
+    device: torch.device,
+    seed: int,
+    progress: bool,
+) -> Report:
+    """Quantize `adapter.module` in place by `method`. `solve` runs a layer-wise method on another adapter,
+    weights only.
+    """
+    if not batches:
+        raise InputError(
+            "quantization needs one batch of model inputs at least; the calibration iterable is empty"
+        )
+    check_whole(adapter, bits, calibration, tuning)
+    check_activations(activations, bits.activation_widths(), calibration)
+    adapter.module.to(device)
+    images = [batch.to(device) for batch in batches]
+    plan = trace(adapter, images[0])
+    allocation = allocate(adapter, plan, bits)
+    activation_bits = allocate_activations(adapter, plan, bits, allocation)
+    started = time.perf_counter()
+    report = Report(skipped=skipped_parameters(adapter, plan, allocation))
+    graph = folded_graph(adapter, images[0])
+    lost = [name for name, width in allocation.items() if width is not None and name not in graph.layers]
+    if lost:
+        raise InputError(
+            f"the traced graph of {adapter.name!r} does not show layers {', '.join(lost[:5])}; "
+            "name them in bits.skip"
+        )
+    report.seconds["capture"] = time.perf_counter() - started
+    start: dict[str, QuantizedLayer] = {}
+    starting = method.start_method()
+    if starting is not None:
+        other = replace(adapter, module=copy.deepcopy(adapter.module))
+        begun = solve(other, starting)
+        start = {n: m for n, m in other.module.named_modules() if isinstance(m, QuantizedLayer)}
+        report.seconds["start"] = sum(begun.seconds.values())
+    started = time.perf_counter()
+    problem = NetworkProblem(
+        adapter=adapter,
+        graph=graph,
+        batches=images,
+        bits={name: int(width) for name, width in allocation.items() if width is not None},
+        activation_bits={n: activation_bits[n] for n, width in allocation.items() if width is not None},
+        activations=activations,
+        grid=grid,
+        start=start,
+        seed=seed,
+        progress=progress,
+    )
+    solution = method.quantize_network(problem)
+    report.seconds["solve"] = time.perf_counter() - started - solution.tuning.seconds
+    report.seconds["tune"] = solution.tuning.seconds
+    report.tuning.append(solution.tuning)
+    report.layers = [_layer_report(adapter.module, plan, problem, solution, n) for n in problem.bits]
+    return report
+
+
+def _layer_report(
+    module: nn.Module, plan: Plan, problem: NetworkProblem, solution: NetworkSolution, name: str
+) -> LayerReport:
+    layer = module.get_submodule(name)
+    assert isinstance(layer, QuantizedLayer)
+    grid, codes = layer.grid_and_codes()
+    quantizer = layer.input_quantizer
+    return LayerReport(
+        name=name,
+        shape=list(codes.shape),
+        bits=problem.bits[name],
+        relative_error=solution.relative_errors[name],
+        limit_bits=None,
+        storage_bits=grid.storage_bits(codes),
+        seconds=solution.tuning.seconds / len(problem.bits),
+        activation=None if quantizer is None else quantizer.summary(),
+    )
