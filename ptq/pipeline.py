@@ -30,6 +30,7 @@ from ptq.grids.grid import Grid
 from ptq.layers import QuantizedLayer, names_of, quantized_layer, replace_module, weight_matrix
 from ptq.limit import limit_bits
 from ptq.methods.method import BlockMethod, GridSpec, LayerMethod, NetworkMethod, check_pair
+from ptq.mixed_precision import Choice, MixedBits, check_mixed, choose
 from ptq.models.adapter import ModelAdapter
 from ptq.observers import Activations, InputObserver, check_activations
 from ptq.plan import (
@@ -137,12 +138,29 @@ class _Walk:
         _check_finite(self.student)
         self.plan = trace(adapter, self.batches[0])
         self.allocation = allocate(adapter, self.plan, bits)
+        self.mixed: Choice | None = None
+        if isinstance(bits, MixedBits):
+            check_mixed(bits, method, grid, calibration)
+            self.mixed = choose(
+                bits,
+                adapter,
+                self.plan,
+                self.batches,
+                method=method,
+                grid=grid,
+                calibration=calibration,
+                seed=seed,
+            )
+            self.allocation = self.mixed.layers
         self.activation_bits = allocate_activations(adapter, self.plan, bits, self.allocation)
         started = time.perf_counter()
         self.budget = budget(adapter, self.batches, self.allocation, bits, grid, seed=seed)
         self.report = Report(skipped=skipped_parameters(adapter, self.plan, self.allocation))
         if self.budget is not None:
             self.report.seconds["allocate"] = time.perf_counter() - started
+        if self.mixed is not None:
+            self.report.mixed_precision = self.mixed.facts
+            self.report.seconds["allocate"] = self.mixed.facts["seconds"]
         self.needs_teacher = self.needs_student = self.compares = False
         if isinstance(calibration, Calibration):
             self.needs_student = calibration.inputs is Inputs.quantized
@@ -299,7 +317,8 @@ class _Walk:
                 eye = torch.eye(W.shape[-1], dtype=torch.float64, device=W.device)
                 problem = LayerProblem(name, W, eye.expand(W.shape[0], -1, -1))
             try:
-                codes, fitted = quantize_to_rate(self.method, problem, self.grid, width, self.bits.group_size)
+                grid = self.grid if self.mixed is None else self.mixed.grid(name, self.grid)
+                codes, fitted = quantize_to_rate(self.method, problem, grid, width, self.bits.group_size)
             except InputError as error:
                 raise InputError(f"layer {name!r} {list(W.shape)}: {error}") from error
             if self.budget is not None:

@@ -46,6 +46,7 @@ class Report:
     layers: list[LayerReport] = field(default_factory=list)
     skipped: list[dict[str, Any]] = field(default_factory=list)  # name, shape, reason, parameters
     tuning: list[TuningReport] = field(default_factory=list)
+    mixed_precision: dict[str, Any] | None = None  # how widths were chosen, where they were
     seconds: dict[str, float] = field(default_factory=lambda: {"capture": 0.0, "solve": 0.0})
 
     def bits_per_coefficient(self) -> dict[str, float]:

@@ -275,6 +275,8 @@ def _execute(
         for layer in report.layers
     ]
     record["skipped_layers"] = report.skipped
+    if report.mixed_precision is not None:
+        record["mixed_precision"] = report.mixed_precision
     record["tuning"] = [asdict(unit) for unit in report.tuning]
     if settings.save_model:
         checkpoint.save(module, directory / "model", plain["model"])

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ptq.grids.grid import Grid, code_dtype
+from ptq.grids.row_widths import RowWidthsGrid
 from ptq.problem import LayerProblem
 from ptq.solvers.error_feedback import Feedback
 
@@ -76,7 +77,8 @@ def _mean_step(grid: Grid, T: Tensor) -> Tensor:
         grid.values(torch.full(T.shape, code, dtype=code_dtype(grid), device=T.device))
         for code in (grid.code_min, grid.code_max)
     ]
-    return (ends[1] - ends[0]).abs() / max(1, grid.code_max - grid.code_min)
+    span = grid.code_span() if isinstance(grid, RowWidthsGrid) else max(1, grid.code_max - grid.code_min)
+    return (ends[1] - ends[0]).abs() / span
 
 
 def _two_values(grid: Grid, w: Tensor, column: int | Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
