@@ -19,11 +19,13 @@ from ptq.grids.grid import Grid
 from ptq.methods.method import GridSpec, LayerMethod, check_pair
 from ptq.models.adapter import ModelAdapter
 from ptq.observers import Activations
+from ptq.preparation import NoPreparation, Preparation
 from ptq.problem import LayerProblem
 from ptq.rate import quantize_to_rate
 from ptq.report import Report
 from ptq.seeding import isolated_seed
 from ptq.tuning import NoTuning, Tuning
+from ptq.whole_network import WholeNetworkMethod
 
 
 @dataclass(kw_only=True)
@@ -65,6 +67,8 @@ def quantize_layer(
     True
     """
     solver, spec = _method_and_grid(method, grid, overrides)
+    if not isinstance(solver, LayerMethod):
+        raise InputError(f"method {type(solver).__name__} quantizes whole networks: use quantize_model")
     check_pair(solver, spec)
     spec.check(bits, group_size)
     problem = LayerProblem("W", W.detach(), H, C)
@@ -80,7 +84,7 @@ def quantize_layer(
 def quantize_model(
     model: nn.Module,
     calibration: Iterable[Any],
-    method: str | LayerMethod = "comq",
+    method: str | LayerMethod | WholeNetworkMethod = "comq",
     grid: str | GridSpec | None = None,
     bits: float | str | Bits = 4,
     *,
@@ -88,6 +92,7 @@ def quantize_model(
     skip: Iterable[str] = (),
     settings: str | Calibration | NoCalibration = "default",
     activations: str | Activations = "default",
+    preparation: str | Preparation | NoPreparation = "none",
     tuning: str | Tuning | NoTuning = "none",
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -100,8 +105,9 @@ def quantize_model(
     arguments. `bits` is a width, a name of conf/bits such as "w3g128", or a Bits object; `skip` names layers
     that stay float (wildcards allowed); `settings` a name of conf/calibration or an object: which inputs
     layers see and what they reproduce (its sample counts are not read here). `activations` is a name of
-    conf/activations or an object, read where `bits` gives layer inputs a width ("w4a8"). `tuning` is a name
-    of conf/tuning or an object: which float parameters are trained, without labels, once the codes stand.
+    conf/activations or an object, read where `bits` gives layer inputs a width ("w4a8"). `preparation` is a
+    name of conf/preparation or an object: how the float network is rewritten first. `tuning` is a name of
+    conf/tuning or an object: which float parameters are trained, without labels, once the codes stand.
     `overrides` are hyperparameters of a method given by name.
     """
     solver, spec = _method_and_grid(method, grid, overrides)
@@ -118,7 +124,11 @@ def quantize_model(
     adapter = ModelAdapter(name=type(model).__name__, module=student, task="any", forward=_call)
     own = next((p.device for p in model.parameters()), torch.device("cpu"))
     where = own if device is None else device
+    if isinstance(preparation, str):
+        preparation = build(load_choice("preparation", preparation), "preparation")
     with isolated_seed(seed):
+        if isinstance(preparation, Preparation):
+            preparation.apply(adapter, batches[0])
         report = pipeline.quantize(
             adapter,
             batches,
@@ -142,8 +152,8 @@ def quantize_model(
 
 
 def _method_and_grid(
-    method: str | LayerMethod, grid: str | GridSpec | None, overrides: dict[str, Any]
-) -> tuple[LayerMethod, GridSpec]:
+    method: str | LayerMethod | WholeNetworkMethod, grid: str | GridSpec | None, overrides: dict[str, Any]
+) -> tuple[LayerMethod | WholeNetworkMethod, GridSpec]:
     if not isinstance(method, str) and overrides:
         raise InputError(
             f"hyperparameters {', '.join(overrides)} go with a method's name; set them on the object instead"

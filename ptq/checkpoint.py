@@ -22,6 +22,7 @@ from ptq.config import build
 from ptq.errors import InputError
 from ptq.layers import QuantizedLayer, names_of, replace_module
 from ptq.models.adapter import load_state_strictly
+from ptq.preparation import FoldedNorm, fold
 
 FORMAT = 1
 
@@ -33,7 +34,8 @@ def save(module: nn.Module, directory: Path | str, model_config: dict[str, Any] 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     facts, packed, rest = contents(module)
-    content = {"format": FORMAT, "model": model_config, "layers": facts}
+    folded = {n: m.layer for n, m in module.named_modules() if isinstance(m, FoldedNorm)}
+    content = {"format": FORMAT, "model": model_config, "folded_norms": folded, "layers": facts}
     for name, tensors in (("quantized.safetensors", packed), ("float.safetensors", rest)):
         save_file(tensors, directory / f"{name}.part")
         (directory / f"{name}.part").replace(directory / name)
@@ -68,9 +70,12 @@ def load(directory: Path | str, module: nn.Module | None = None) -> nn.Module:
     packed = load_file(directory / "quantized.safetensors")
     rest = load_file(directory / "float.safetensors")
     known = dict(module.named_modules())
-    strangers = sorted(content["layers"].keys() - known.keys())
+    folded = content.get("folded_norms", {})
+    strangers = sorted({*content["layers"], *folded, *folded.values()} - known.keys())
     if strangers:
         raise InputError(f"{directory} has layers that the model lacks: {', '.join(strangers)}")
+    for norm, layer in folded.items():
+        fold(module, layer, norm)
     replace_layers(module, content["layers"], packed, rest)
     types = {k: t.dtype for k, t in module.state_dict().items()}
     other = [k for k, t in rest.items() if k in types and types[k] != t.dtype]

@@ -13,9 +13,11 @@ from torch.utils.hooks import RemovableHandle
 from ptq.calibration import Calibration, Inputs, Target
 from ptq.layers import weight_matrix
 from ptq.methods.method import stored_size
+from ptq.mixed_precision import MixedBits, Rounding, budget_bits
 from ptq.plan import Plan, allocate, allocate_activations, skipped_parameters, trace
 from ptq.problem import LayerProblem
 from ptq.rate import quantize_to_rate
+from ptq.whole_network import WholeNetworkMethod
 
 if TYPE_CHECKING:
     from ptq.runner import Parts
@@ -67,7 +69,15 @@ def describe(parts: Parts, directory: Path) -> str:
     capture = (
         forward_seconds * len(parts.batches) * passes + _gram_seconds(parts, plan, tokens, allocation) * paths
     )
-    solve = _solve_seconds(parts, allocation, work)
+    if isinstance(parts.method, WholeNetworkMethod):
+        solve = parts.method.passes() * forward_seconds * len(parts.batches)
+    else:
+        solve = _solve_seconds(parts, allocation, work)
+    if isinstance(parts.bits, MixedBits):
+        stored, weights = budget_bits(parts.bits, adapter, plan, parts.method, parts.grid)
+        lines += ["", parts.bits.announcement()]
+        if parts.bits.rounding is Rounding.method:
+            solve *= 1 + len(parts.bits.candidates)
     total_bits = stored / max(1, weights)
     lines += [
         "",

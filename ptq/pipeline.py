@@ -13,6 +13,7 @@ import copy
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,13 +49,14 @@ from ptq.rate import quantize_to_rate
 from ptq.rate_allocation import budget, check_allocation
 from ptq.report import LayerReport, Report, TuningReport
 from ptq.tuning import NoTuning, Scope, Tuning, check_tuning
+from ptq.whole_network import WholeNetworkMethod, quantize_whole
 
 
 def quantize(
     adapter: ModelAdapter,
     batches: list[Any],
     *,
-    method: LayerMethod,
+    method: LayerMethod | WholeNetworkMethod,
     grid: GridSpec,
     bits: Bits,
     calibration: Calibration | NoCalibration,
@@ -75,6 +77,36 @@ def quantize(
     calibration.fresh_per_layer. Raises InputError, with the layer's name, on NaN or infinity in weights or
     inputs.
     """
+    if isinstance(method, WholeNetworkMethod):
+
+        def solve(other: ModelAdapter, starting: LayerMethod) -> Report:
+            plain = replace(bits, activation=None, activation_first_last=None)
+            return quantize(
+                other,
+                batches,
+                method=starting,
+                grid=grid,
+                bits=plain,
+                calibration=calibration,
+                device=device,
+                seed=seed,
+                progress=progress,
+            )
+
+        return quantize_whole(
+            adapter,
+            batches,
+            solve,
+            method=method,
+            grid=grid,
+            bits=bits,
+            calibration=calibration,
+            activations=activations,
+            tuning=tuning,
+            device=torch.device(device),
+            seed=seed,
+            progress=progress,
+        )
     with torch.no_grad():
         walk = _Walk(
             adapter,

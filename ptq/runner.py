@@ -29,12 +29,15 @@ from ptq.dry_run import describe
 from ptq.errors import InputError
 from ptq.methods.method import check_pair
 from ptq.methods.selecting import SelectingMethod, chooses
+from ptq.mixed_precision import MixedBits, check_mixed
 from ptq.models.adapter import ModelAdapter
 from ptq.observers import Activations, check_activations
+from ptq.preparation import NoPreparation, Preparation
 from ptq.records import RECORD, config_hash, finished, versions, write_json
 from ptq.seeding import isolated_seed
 from ptq.selection import Trials, select, validation_evaluation
 from ptq.tuning import NoTuning, Scope, Tuning, check_tuning
+from ptq.whole_network import WholeNetworkMethod, check_whole
 
 log = logging.getLogger(__name__)
 GROUPS = (
@@ -44,6 +47,7 @@ GROUPS = (
     "grid",
     "bits",
     "activations",
+    "preparation",
     "method",
     "tuning",
     "eval",
@@ -91,6 +95,7 @@ class Parts:
     bits: Bits
     calibration: Calibration | NoCalibration
     activations: Activations
+    preparation: Preparation | NoPreparation
     tuning: Tuning | NoTuning
     samples: Samples | None  # what tuning of the whole network goes over
     redraw: Callable[[int], list[Tensor]]  # the batches of the k-th layer, where each has its own
@@ -176,6 +181,7 @@ def prepare(config: DictConfig, settings: Settings) -> Parts:
     bits = build(config.bits, "bits")
     calibration = build(config.calibration, "calibration")
     activations = build(config.activations, "activations")
+    preparation = build(config.preparation, "preparation")
     tuning = build(config.tuning, "tuning")
     evaluation = build(config.eval, "eval")
     tracker = build(config.tracker, "tracker")
@@ -183,6 +189,8 @@ def prepare(config: DictConfig, settings: Settings) -> Parts:
     check_pair(method, grid)
     check_tuning(tuning, calibration)
     check_activations(activations, bits.activation_widths(), calibration)
+    if isinstance(bits, MixedBits):
+        check_mixed(bits, method, grid, calibration)
     for width in bits.widths():
         grid.check(width, bits.group_size)
     if isinstance(calibration, NoCalibration) and method.needs_gram:
@@ -191,6 +199,10 @@ def prepare(config: DictConfig, settings: Settings) -> Parts:
         )
     model = build(config.model, "model")
     adapter = model.load()
+    if isinstance(preparation, Preparation):
+        preparation.check(adapter)
+    if isinstance(method, WholeNetworkMethod):
+        check_whole(adapter, bits, calibration, tuning)
     data.check(adapter)
     source = data
     if isinstance(calibration, Calibration) and calibration.source is not None:
@@ -220,6 +232,7 @@ def prepare(config: DictConfig, settings: Settings) -> Parts:
         bits=bits,
         calibration=calibration,
         activations=activations,
+        preparation=preparation,
         tuning=tuning,
         samples=samples,
         redraw=lambda k: calibration_batches(source, adapter, calibration, settings.seed + k),
@@ -241,6 +254,9 @@ def _execute(
         torch.cuda.reset_peak_memory_stats(parts.device)
     record["float"] = _float_metrics(parts, settings, plain)
     clock.lap("float_eval")
+    if isinstance(parts.preparation, Preparation):
+        parts.preparation.apply(parts.adapter, parts.batches[0].to(parts.device))
+        clock.lap("prepare")
     if chooses(parts.method, parts.grid):
         record["selection"] = _select(parts, settings, plain)
         clock.lap("select")
@@ -301,6 +317,7 @@ def _select(parts: Parts, settings: Settings, plain: dict[str, Any]) -> dict[str
             "validation": asdict(evaluation),
             "bits": {**plain["bits"], "weight": None},
             "calibration_source": plain["calibration"].get("source"),
+            "preparation": plain["preparation"],
             "seed": settings.seed,
         }
     )

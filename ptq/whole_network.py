@@ -19,7 +19,7 @@ from ptq.allocation import Bits
 from ptq.calibration import Calibration, NoCalibration
 from ptq.errors import InputError
 from ptq.layers import QuantizedLayer
-from ptq.methods.method import GridSpec, LayerMethod
+from ptq.methods.method import GridSpec, LayerMethod, check_pair
 from ptq.models.adapter import ModelAdapter
 from ptq.models.graph import ScaleGraph
 from ptq.observers import Activations, check_activations
@@ -92,6 +92,7 @@ def check_whole(
         raise InputError("a method that trains the network itself takes no tuning; say tuning=none")
 
 
+@torch.no_grad()
 def quantize_whole(
     adapter: ModelAdapter,
     batches: list[Tensor],
@@ -116,6 +117,7 @@ def quantize_whole(
         )
     check_whole(adapter, bits, calibration, tuning)
     check_activations(activations, bits.activation_widths(), calibration)
+    check_pair(method, grid)
     adapter.module.to(device)
     images = [batch.to(device) for batch in batches]
     plan = trace(adapter, images[0])

@@ -93,7 +93,7 @@ class SizedMethod(Protocol):
 
 
 def stored_size(
-    method: LayerMethod, grid: GridSpec, W: Tensor, bits: float, group_size: int | None
+    method: object, grid: GridSpec, W: Tensor, bits: float, group_size: int | None
 ) -> dict[str, int]:
     """Bits that W [groups, out, in] will take by this method on this grid, {"codes", "parameters"}."""
     if isinstance(method, SizedMethod):
@@ -101,7 +101,7 @@ def stored_size(
     return grid.size(W, bits, group_size)
 
 
-def check_pair(method: LayerMethod, grid: GridSpec) -> None:
+def check_pair(method: object, grid: GridSpec) -> None:
     """Raise InputError where the method refuses the grid."""
     if isinstance(method, GridChecker):
         method.check_grid(grid)
