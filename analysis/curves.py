@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from analysis.direct_labels import label_lines, labelled_directly
-from analysis.files import STYLE, write_csv, write_figure
+from analysis.files import STYLE
 from analysis.names import method_order
 from analysis.plotting import (
     NOTE_COLOUR,
@@ -103,14 +102,6 @@ def draw_curves(points: pd.DataFrame, labels: Sequence[str] = ()) -> Figure:
             assert metric is not None
             float_line(axis, metric, block["float"].dropna())
     return figure
-
-
-def write_curves(cells: pd.DataFrame, folder: Path) -> list[Path]:
-    """Write curves.png, .pdf and .csv; nothing when no cell has a result."""
-    points = curve_points(cells)
-    if points.empty:
-        return []
-    return [*write_figure(draw_curves(points), folder, "curves"), write_csv(folder / "curves.csv", points)]
 
 
 def _draw_panel(axis: Axes, title: str, block: pd.DataFrame, labels: Sequence[str]) -> None:

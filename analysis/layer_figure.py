@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
@@ -13,10 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from analysis.collect import bits_order
-from analysis.files import STYLE, write_csv, write_figure
+from analysis.files import STYLE
 from analysis.names import method_order
 from analysis.plotting import FLOAT_LINE, handles, log_axis, mark, panels, strips, wide
-from analysis.tables import split_by_model
 
 MARKED_LAYERS = 12  # more layers than this, or more lines than MARKED_LINES, are drawn without markers
 MARKED_LINES = 6
@@ -70,21 +68,6 @@ def draw_layers(
                 if kind == kinds[-1]:
                     axis.set_xlabel("layer, in forward order")
     return figure
-
-
-def write_layers(layers: pd.DataFrame, cells: pd.DataFrame, folder: Path) -> list[Path]:
-    """Write layers.csv, and layers_MODEL.png and .pdf per model; nothing when no layer has an error."""
-    points = layer_points(layers)
-    if not (points["relative_error"] > 0).any():
-        return []
-    paths = []
-    several = points.groupby("model")["data"].nunique()
-    for title, block in split_by_model(points):
-        if (block["relative_error"] > 0).any():
-            model, data = block[["model", "data"]].iloc[0]
-            name = f"layers_{model}_{data}" if several[model] > 1 else f"layers_{model}"
-            paths += write_figure(draw_layers(block, title, bits_settings(cells)), folder, name)
-    return [*paths, write_csv(folder / "layers.csv", points)]
 
 
 def bits_settings(cells: pd.DataFrame) -> list[str]:

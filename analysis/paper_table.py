@@ -40,10 +40,15 @@ ALWAYS = ("setting", "our run")  # columns that stay although a block leaves the
 def markdown(rows: pd.DataFrame, paper: str) -> str:
     """All blocks; `rows` come from `compare.compare`."""
     parts = [f"## Published numbers beside ours: {paper}"]
-    for title, block in _blocks(rows):
-        notes = [f"- {line}" for line in _notes(block)]
-        parts += [f"### {title}", markdown_rows(_table(block)), *(["\n".join(notes)] if notes else [])]
+    for title, table, lines in blocks(rows):
+        notes = [f"- {line}" for line in lines]
+        parts += [f"### {title}", markdown_rows(table), *(["\n".join(notes)] if notes else [])]
     return "\n\n".join([*parts, NOTE]) + "\n"
+
+
+def blocks(rows: pd.DataFrame) -> list[tuple[str, list[list[str]], list[str]]]:
+    """(title, header and rows, notes) per model and metric, those with a run of ours first."""
+    return [(title, _table(block), _notes(block)) for title, block in _blocks(rows)]
 
 
 def latex(rows: pd.DataFrame, paper: str) -> str:
@@ -129,9 +134,9 @@ def _entries(row: Any, several: bool) -> list[str]:
         _signed(row["difference"]),
         _signed(row["drop_difference"]),
         f"{row['bits_per_coefficient']:.2f}" if math.isfinite(row["bits_per_coefficient"]) else MISSING,
-        _time(3600 * row["published_hours"]),
-        _time(row["seconds"]),
-        _memory(row["peak_memory_bytes"]),
+        seconds_text(3600 * row["published_hours"]),
+        seconds_text(row["seconds"]),
+        memory_text(row["peak_memory_bytes"]),
         row["differs"],
     ]
 
@@ -172,7 +177,8 @@ def _plain(text: str) -> str:
     return text.replace("-", "−")
 
 
-def _time(seconds: float) -> str:
+def seconds_text(seconds: float) -> str:
+    """Seconds, minutes or hours, two digits or so."""
     if not math.isfinite(seconds):
         return MISSING
     if seconds < 99.5:
@@ -180,7 +186,8 @@ def _time(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
 
 
-def _memory(count: float) -> str:
+def memory_text(count: float) -> str:
+    """Bytes as MB or GB."""
     if not math.isfinite(count):
         return MISSING
     return f"{count / 1e6:.0f} MB" if count < 0.9995e9 else f"{count / 1e9:.1f} GB"

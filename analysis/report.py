@@ -9,14 +9,14 @@ from pathlib import Path
 
 from analysis import paper_table, savings_table, tables
 from analysis.bits_saved import bits_saved
+from analysis.checks import mixed_protocols
 from analysis.collect import aggregate, collect_all
 from analysis.compare import compare
-from analysis.curves import curve_points, write_curves
+from analysis.curves import curve_points
+from analysis.figures import draw
 from analysis.files import write_csv, write_text
-from analysis.layer_figure import write_layers
 from analysis.names import method_order
 from analysis.papers import papers, published
-from analysis.time_figure import write_times
 
 
 class NoRecordsError(ValueError):
@@ -25,11 +25,17 @@ class NoRecordsError(ValueError):
 
 @dataclass(frozen=True)
 class Report:
-    """What was written: the Markdown tables, every file, and a line per record that gave no result."""
+    """What was written: the Markdown tables, every file, and lines on what a reader should know.
+
+    `problems` has a line per record that gave no result, `warnings` one per way in which jobs do not compare,
+    `duplicates` one per record that another replaces.
+    """
 
     markdown: str
     paths: list[Path]
     problems: list[str]
+    warnings: list[str]
+    duplicates: list[str]
     paper: str = ""  # the published numbers beside ours, where a paper was asked for
 
     def text(self) -> str:
@@ -39,10 +45,13 @@ class Report:
             *filter(None, [self.paper]),
             "Written:\n" + "\n".join(f"  {path}" for path in self.paths),
         ]
-        if self.problems:
-            parts.append(
-                f"Problems ({len(self.problems)}):\n" + "\n".join(f"  {line}" for line in self.problems)
-            )
+        for title, lines in (
+            ("Not run alike", self.warnings),
+            ("Duplicates", self.duplicates),
+            ("Problems", self.problems),
+        ):
+            if lines:
+                parts.append(f"{title} ({len(lines)}):\n" + "\n".join(f"  {line}" for line in lines))
         return "\n\n".join(part.rstrip("\n") for part in parts)
 
 
@@ -56,12 +65,14 @@ def write_report(
     metric: str | None = None,
     baseline: str | None = None,
     paper: str | None = None,
+    html: bool = False,
 ) -> Report:
     """Read every record under `dirs`; write tables and figures into `output`, by default `dirs[0]`.
 
     `metric` is for image models, by default top1; language models have perplexity. `baseline` is the method
     that bits are saved against, by default rtn where a model has it, else its first. `paper` names published
-    numbers to set beside ours. Raises NoRecordsError, UnknownBaselineError and UnknownPaperError.
+    numbers to set beside ours. `html` adds report.html, all of it on one page. Raises
+    NoRecordsError, UnknownBaselineError and UnknownPaperError.
     """
     for folder in dirs:
         if not folder.is_dir():
@@ -83,17 +94,17 @@ def write_report(
     savings = savings_table.with_limit(bits_saved(found.frame, baseline), points, found.layers)
     table = tables.markdown(cells, below=savings_table.markdown(savings))
     table += f"\n{savings_table.NOTE}\n" if len(savings) else ""
+    drawn = draw(cells, found.layers)
+    warnings = mixed_protocols(found.frame, found.records)
     paths = [
         write_text(folder / "table.md", table),
         write_csv(folder / "table.csv", tables.tidy(cells)),
         write_text(folder / "table.tex", tables.latex(cells)),
         write_csv(folder / "bits_saved.csv", savings),
         write_text(folder / "bits_saved.tex", savings_table.latex(savings)),
-        *write_curves(cells, folder),
-        *write_times(cells, folder),
-        *write_layers(found.layers, cells, folder),
+        *drawn.write(folder),
     ]
-    beside = ""
+    beside, rows = "", None
     if paper:
         rows = compare(published(paper), found.frame)
         beside = paper_table.markdown(rows, paper)
@@ -102,7 +113,12 @@ def write_report(
             write_csv(folder / f"paper_{paper}.csv", rows),
             write_text(folder / f"paper_{paper}.tex", paper_table.latex(rows, paper)),
         ]
-    return Report(table, paths, found.problems, beside)
+    if html:
+        from analysis.page import page  # here, so that only a page pays for what commands are made from
+
+        content = page(folder.resolve().name, found, cells, savings, drawn, warnings, rows)
+        paths.append(write_text(folder / "report.html", content))
+    return Report(table, paths, found.problems, warnings, found.duplicates, beside)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -123,9 +139,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         choices=papers(),
         help="set this paper's published numbers beside ours in tables of their own",
     )
+    parser.add_argument(
+        "--html", action="store_true", help="also write report.html: everything on one page, from disk"
+    )
     options = parser.parse_args(argv)
     try:
-        report = write_report(options.dirs, options.output, options.metric, options.baseline, options.paper)
+        report = write_report(
+            options.dirs, options.output, options.metric, options.baseline, options.paper, options.html
+        )
     except (NoRecordsError, UnknownBaselineError) as error:
         raise SystemExit(f"ptq-report: {error}") from None
     print(report.text())

@@ -61,18 +61,18 @@ def latex(savings: pd.DataFrame) -> str:
     found = _blocks(savings)
     if not found:
         return f"% Bits saved: {NO_WIDTHS}.\n"
-    width = max((len(_rows(block)[0]) for _, block in found), default=1)
+    width = max((len(rows(block)[0]) for _, block in found), default=1)
     lines = ["% needs \\usepackage{booktabs}", f"\\begin{{tabular}}{{l{'r' * (width - 1)}}}", "\\toprule"]
     for position, (title, block) in enumerate(found):
         lines += ["\\midrule[\\heavyrulewidth]"] if position else []
         lines.append(
             f"\\multicolumn{{{width}}}{{l}}{{\\textbf{{{latex_escape(title)}}} "
-            f"{latex_escape('· ' + _subtitle(block))}}} \\\\"
+            f"{latex_escape('· ' + subtitle(block))}}} \\\\"
         )
-        if _one_width(block):
+        if one_width(block):
             continue
-        header, *rows = [[latex_escape(text) for text in row] for row in _rows(block)]
-        lines += [_latex_line(header), "\\midrule", *map(_latex_line, rows)]
+        header, *body = [[latex_escape(text) for text in row] for row in rows(block)]
+        lines += [_latex_line(header), "\\midrule", *map(_latex_line, body)]
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", f"% {latex_escape(NOTE)}"]) + "\n"
 
 
@@ -84,12 +84,14 @@ def _blocks(savings: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     return split_by_model(savings) if len(savings) else []
 
 
-def _one_width(block: pd.DataFrame) -> bool:
+def one_width(block: pd.DataFrame) -> bool:
+    """Whether no method has a curve, so that nothing can be said of bits saved."""
     return bool((block["points"] < 2).all())
 
 
-def _subtitle(block: pd.DataFrame) -> str:
-    if _one_width(block):
+def subtitle(block: pd.DataFrame) -> str:
+    """What a block's table holds, or why there is none."""
+    if one_width(block):
         return f"Bits saved: {NO_WIDTHS}"
     baseline = block["baseline"].iloc[0]
     if not baseline:
@@ -101,19 +103,24 @@ def _subtitle(block: pd.DataFrame) -> str:
 
 
 def _markdown_block(block: pd.DataFrame) -> str:
-    if _one_width(block):
-        return f"{_subtitle(block)}."
+    if one_width(block):
+        return f"{subtitle(block)}."
+    lines = [f"- {line}" for line in notes(block)]
+    table = markdown_rows(rows(block))
+    return "\n\n".join([f"{subtitle(block)}:", table, *(["\n".join(lines)] if lines else [])])
+
+
+def notes(block: pd.DataFrame) -> list[str]:
+    """Why a number or an interval is missing, each reason once with the curves it is of."""
     reasons: dict[str, list[str]] = {}
     for _, row in block.iterrows():
         interval = row["interval"].removeprefix("n/a: ")
         no_interval = f"no interval ({interval})" if interval != row["interval"] else ""
         reasons.setdefault(row["reason"] or no_interval, []).append(row["line"])
-    notes = [f"- {', '.join(lines)}: {reason}" for reason, lines in reasons.items() if reason]
-    table = markdown_rows(_rows(block))
-    return "\n\n".join([f"{_subtitle(block)}:", table, *(["\n".join(notes)] if notes else [])])
+    return [f"{', '.join(lines)}: {reason}" for reason, lines in reasons.items() if reason]
 
 
-def _rows(block: pd.DataFrame) -> list[list[str]]:
+def rows(block: pd.DataFrame) -> list[list[str]]:
     """Header and a row per curve."""
     metric = METRICS[block["metric"].iloc[0]]
     numbers = [name.removeprefix("drop_") for name in block.columns if name.startswith("drop_")]

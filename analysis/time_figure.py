@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
@@ -17,8 +16,7 @@ from matplotlib.figure import Figure
 
 from analysis.curves import pareto_front
 from analysis.direct_labels import label_points, labelled_directly
-from analysis.files import STYLE, write_csv, write_figure
-from analysis.layer_figure import bits_settings
+from analysis.files import STYLE
 from analysis.names import method_order
 from analysis.plotting import (
     NOTE_COLOUR,
@@ -90,15 +88,6 @@ def draw_times(points: pd.DataFrame, settings: Sequence[str], labels: Sequence[s
                 label_points(figure, axis, places, labels, panel["float"].dropna())
             float_line(axis, metric, panel["float"].dropna())
     return figure
-
-
-def write_times(cells: pd.DataFrame, folder: Path) -> list[Path]:
-    """Write time.png, .pdf and .csv; nothing when no cell has both a result and a time."""
-    points = time_points(cells)
-    if points.empty:
-        return []
-    figure = draw_times(points, bits_settings(cells))
-    return [*write_figure(figure, folder, "time"), write_csv(folder / "time.csv", points)]
 
 
 def _draw_panel(axis: Axes, panel: pd.DataFrame, labels: Sequence[str], named: bool) -> None:

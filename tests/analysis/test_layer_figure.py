@@ -6,7 +6,8 @@ import pytest
 from record_factory import record, write
 
 from analysis.collect import aggregate, collect_all
-from analysis.layer_figure import LIMIT_LABEL, draw_layers, layer_points, write_layers
+from analysis.figures import draw
+from analysis.layer_figure import LIMIT_LABEL, draw_layers, layer_points
 
 
 def layers(*errors: float, limit: float | None = 2.0) -> list[dict]:
@@ -57,11 +58,6 @@ def test_a_fourth_width_goes_below(tmp_path: Path) -> None:
 def test_a_figure_per_model_and_nothing_without_errors(tmp_path: Path) -> None:
     write(tmp_path, record(), record("digits_vit", layers=layers(0.0)))
     found = collect_all([tmp_path])
-    paths = write_layers(found.layers, aggregate(found.frame), tmp_path)
-    assert [path.name for path in paths] == [
-        "layers_digits_resnet.png",
-        "layers_digits_resnet.pdf",
-        "layers.csv",
-    ]
-    only = collect_all([write(tmp_path / "zero", record(layers=layers(0.0)))])
-    assert write_layers(only.layers, aggregate(only.frame), tmp_path / "zero") == []
+    drawn = draw(aggregate(found.frame), found.layers)
+    assert list(drawn.figures) == ["curves", "time", "layers_digits_resnet"]
+    assert drawn.of_model == {("digits_resnet", "digits"): "layers_digits_resnet"}
