@@ -11,12 +11,12 @@ from ptq.config import build, choices, companion, load_choice
 from ptq.errors import InputError
 from ptq.grids.affine import Affine, Granularity
 from ptq.grids.column_scaled import ColumnScaled
-from ptq.methods.method import GridChecker, RatedGridSpec, check_pair
+from ptq.methods.method import GridChecker, LayerMethod, RatedGridSpec, check_pair
 from ptq.methods.selecting import SelectingMethod
 from ptq.problem import LayerProblem
 from tests.conftest import Golden, random_problem
 
-METHODS = choices("method")
+METHODS = [m for m in choices("method") if isinstance(build(load_choice("method", m), "method"), LayerMethod)]
 # rtn, and methods that choose by the task and then round each weight by itself, fit nothing to the inputs
 THAT_FIT = [
     m
