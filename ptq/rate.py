@@ -6,6 +6,10 @@ again for each trial. On grids of fixed width this is one run and nothing more.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol, runtime_checkable
+
 from torch import Tensor
 
 from ptq.grids.grid import Grid
@@ -13,6 +17,15 @@ from ptq.methods.method import GridSpec, LayerMethod, RatedGridSpec
 from ptq.problem import LayerProblem
 
 MOST_TRIALS = 12
+Trial = Callable[[float], tuple[Tensor, Grid]]  # codes and grid for the bits that are asked of the grid
+
+
+@runtime_checkable
+class PreparedMethod(Protocol):
+    """A method that does once for a layer what does not change from trial to trial."""
+
+    def prepared(self, problem: LayerProblem, grid: GridSpec, bits: float, group_size: int | None) -> Trial:
+        """The trials for a target of `bits`."""
 
 
 def quantize_to_rate(
@@ -25,11 +38,15 @@ def quantize_to_rate(
     """
     if not isinstance(spec, RatedGridSpec):
         return method.quantize_layer(problem, spec, bits, group_size)
+    if isinstance(method, PreparedMethod):
+        trial = method.prepared(problem, spec, bits, group_size)
+    else:
+        trial = partial(_run, method, problem, spec, group_size)
     best, best_miss = None, float("inf")
     trials: list[tuple[float, float]] = []  # (asked, stored)
     asked = bits
     while len(trials) < MOST_TRIALS and asked not in [a for a, _ in trials]:
-        codes, grid = method.quantize_layer(problem, spec, asked, group_size)
+        codes, grid = trial(asked)
         stored = sum(grid.storage_bits(codes).values()) / problem.W.numel()
         trials.append((asked, stored))
         if abs(stored - bits) < best_miss:
@@ -39,6 +56,12 @@ def quantize_to_rate(
         asked = min(_next(trials, bits), spec.most_bits)
     assert best is not None
     return best
+
+
+def _run(
+    method: LayerMethod, problem: LayerProblem, spec: GridSpec, group_size: int | None, asked: float
+) -> tuple[Tensor, Grid]:
+    return method.quantize_layer(problem, spec, asked, group_size)
 
 
 def _next(trials: list[tuple[float, float]], bits: float) -> float:

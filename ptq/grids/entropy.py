@@ -25,7 +25,8 @@ from ptq.allocation import Allocation
 from ptq.errors import InputError
 from ptq.grids.affine import normal_equations
 from ptq.grids.grid import check_group_size
-from ptq.solvers.error_feedback import inverse_factor
+from ptq.problem import LayerProblem
+from ptq.solvers.error_feedback import prepare
 from ptq.storage import pack_parameter, unpack_parameter
 
 SAMPLE = 2**16  # weights that the first step is estimated from
@@ -79,9 +80,18 @@ class Entropy:
             )
 
     def fit(
-        self, W: Tensor, bits: float, group_size: int | None = None, H: Tensor | None = None
+        self,
+        W: Tensor,
+        bits: float,
+        group_size: int | None = None,
+        H: Tensor | None = None,
+        weight: Tensor | None = None,
     ) -> EntropyGrid:
-        """Grid for W [groups, out, in] at about `bits`; H [groups, in, in] shapes steps=columns."""
+        """Grid for W [groups, out, in] at about `bits`; H [groups, in, in] shapes steps=columns.
+
+        `weight` [groups, in] is what H says of each input in the error feedback that is to follow
+        (`Feedback.weight`), where it is known already.
+        """
         self.check(bits, group_size)
         dead = torch.zeros(W.shape[0], W.shape[-1], dtype=torch.bool, device=W.device)
         if H is not None and self.zero_dead:
@@ -90,7 +100,7 @@ class Entropy:
         size = W.shape[-1] if self.steps is Steps.layer else group_size or 1
         grid = EntropyGrid(
             step=W.new_ones(()),
-            octaves=self._octaves(W, H, size),
+            octaves=self._octaves(W, H, size, weight),
             dead=dead,
             octave_parts=self.octave_parts,
             unit_size=size,
@@ -107,21 +117,16 @@ class Entropy:
             "parameters": self.parameter_bits,
         }
 
-    def _octaves(self, W: Tensor, H: Tensor | None, size: int) -> Tensor:
+    def _octaves(self, W: Tensor, H: Tensor | None, size: int, weight: Tensor | None) -> Tensor:
         """k of each unit, [groups, units]: its step over the layer's is 2^(k / octave_parts)."""
         groups, in_features = W.shape[0], W.shape[-1]
         units = math.ceil(in_features / size)
         if self.steps is Steps.layer or H is None or not bool((H.diagonal(dim1=-2, dim2=-1) > 0).any()):
             return torch.zeros(groups, units, dtype=torch.int64, device=W.device)
-        diagonal = H.diagonal(dim1=-2, dim2=-1)
-        visit = torch.arange(in_features, device=H.device).expand(groups, -1)
-        if self.act_order:
-            visit = diagonal.argsort(dim=-1, descending=True, stable=True)
-        ordered = H.double().gather(1, visit[:, :, None].expand_as(H))
-        ordered = ordered.gather(2, visit[:, None, :].expand_as(H))
-        # 1 / U_ii² is the variance of input i that the inputs after it leave unexplained
-        U = inverse_factor(ordered, self.damping, "the grid's layer").diagonal(dim1=-2, dim2=-1)
-        logarithm = torch.empty_like(U).scatter_(-1, visit, U.log2())
+        if weight is None:
+            problem = LayerProblem("the grid's layer", W, H)
+            weight = prepare(problem, damping=self.damping, act_order=self.act_order).weight()
+        logarithm = -0.5 * weight.double().log2()
         logarithm = torch.nn.functional.pad(logarithm, (0, units * size - in_features), value=math.nan)
         mean = logarithm.reshape(groups, units, size).nanmean(-1)
         octaves = ((mean - mean.median()) * self.octave_parts).round().long()

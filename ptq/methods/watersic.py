@@ -12,7 +12,8 @@ mixing of statistics.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -23,6 +24,7 @@ from ptq.grids.entropy import Entropy, EntropyGrid
 from ptq.grids.grid import Grid
 from ptq.methods.method import GridSpec
 from ptq.problem import LayerProblem
+from ptq.rate import Trial
 from ptq.solvers.error_feedback import Feedback, error_feedback, prepare
 from ptq.solvers.rate_descent import rate_descent
 
@@ -60,17 +62,31 @@ class WaterSIC:
     def quantize_layer(
         self, problem: LayerProblem, grid: GridSpec, bits: float, group_size: int | None
     ) -> tuple[Tensor, Grid]:
+        return self.prepared(problem, grid, bits, group_size)(bits)
+
+    def prepared(self, problem: LayerProblem, grid: GridSpec, bits: float, group_size: int | None) -> Trial:
+        """Trials around `bits`: the ridge is the one of that target, H is factorised here."""
         self.check_grid(grid)
         assert isinstance(grid, Entropy)
-        # the grid's steps are those of this error feedback
-        grid = replace(grid, act_order=self.act_order, damping=max(self.damping, grid.damping / 100))
-        fitted = grid.fit(problem.T, bits, group_size, problem.H)
-        feedback = prepare(problem, damping=self.damping, act_order=self.act_order)
         target = problem
+        feedback = prepare(problem, damping=self.damping, act_order=self.act_order)
         if self.ridge > 0:
+            fitted = grid.fit(problem.T, bits, group_size, problem.H, feedback.weight())
             target = ridged(problem, self.ridge * float(cell(fitted, feedback)) / 12, self.damping)
-            fitted = grid.fit(target.T, bits, group_size, target.H)
             feedback = prepare(target, damping=self.damping, act_order=self.act_order)
+        return partial(self._trial, problem, target, grid, group_size, feedback)
+
+    def _trial(
+        self,
+        problem: LayerProblem,
+        target: LayerProblem,
+        grid: Entropy,
+        group_size: int | None,
+        feedback: Feedback,
+        bits: float,
+    ) -> tuple[Tensor, Grid]:
+        # the grid's steps are those of this error feedback
+        fitted = grid.fit(target.T, bits, group_size, target.H, feedback.weight())
         codes, _ = error_feedback(target, fitted, feedback)
         if self.sweeps:
             weight = self.rate_weight * SLOPE * float(cell(fitted, feedback))
