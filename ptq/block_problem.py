@@ -23,5 +23,7 @@ class BlockProblem:
     calls: list[Call]  # what the quantized network delivers to the block, one call a batch
     float_calls: list[Call] | None  # what the float network delivers; None where nothing asked for it
     targets: list[Tensor]  # wanted first output of each call, [samples, …]
+    # of the float network's log-likelihood with respect to its block's output, as targets; None likewise
+    squared_gradients: list[Tensor] | None
     seed: int
     progress: bool

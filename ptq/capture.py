@@ -81,3 +81,31 @@ def layer_inputs(
         except _StopError:
             pass
     return received
+
+
+def squared_output_gradients(
+    adapter: ModelAdapter, module: nn.Module, name: str, batches: list[Any], seed: int
+) -> list[Tensor]:
+    """Squared gradient of −log p(label) with respect to the first output of the unit `name`, for each batch,
+    on the host. Labels are drawn from the network's own probabilities, so that the mean is the diagonal of
+    the Fisher information.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    kept: list[Tensor] = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        first = first_tensor(output)
+        assert first is not None
+        kept.append(first.detach().requires_grad_(True))
+        return kept[-1] if isinstance(output, Tensor) else type(output)((kept[-1], *output[1:]))
+
+    gradients = []
+    with hooks([module.get_submodule(name).register_forward_hook(hook)]), torch.enable_grad():
+        for batch in batches:
+            kept.clear()
+            logits = adapter.forward(module, batch).flatten(0, -2).float()
+            drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)
+            likelihood = logits.log_softmax(-1).gather(-1, drawn.to(logits.device)).sum()
+            (gradient,) = torch.autograd.grad(likelihood, kept[-1])
+            gradients.append(gradient.square().to(HOST))
+    return gradients

@@ -25,12 +25,12 @@ from ptq.allocation import Bits
 from ptq.batchnorm import reestimate
 from ptq.block_problem import BlockProblem
 from ptq.calibration import Calibration, GramAccumulator, Inputs, NoCalibration, Statistics, Target
-from ptq.capture import layer_inputs, unit_calls, unit_outputs
+from ptq.capture import layer_inputs, squared_output_gradients, unit_calls, unit_outputs
 from ptq.errors import InputError
 from ptq.grids.grid import Grid
 from ptq.layers import QuantizedLayer, names_of, quantized_layer, replace_module, weight_matrix
 from ptq.limit import limit_bits
-from ptq.methods.method import BlockMethod, GridSpec, LayerMethod, NetworkMethod, check_pair
+from ptq.methods.method import BlockMethod, GridSpec, LayerMethod, NetworkMethod, check_pair, wants
 from ptq.mixed_precision import Choice, MixedBits, check_mixed, choose
 from ptq.models.adapter import ModelAdapter
 from ptq.observers import Activations, InputObserver, check_activations
@@ -193,16 +193,20 @@ class _Walk:
         if self.mixed is not None:
             self.report.mixed_precision = self.mixed.facts
             self.report.seconds["allocate"] = self.mixed.facts["seconds"]
+        self.wants = wants(method)
         self.needs_teacher = self.needs_student = self.compares = False
         if isinstance(calibration, Calibration):
             self.needs_student = calibration.inputs is Inputs.quantized
             self.compares = calibration.target is Target.float_path
-            self.needs_teacher = calibration.inputs is Inputs.float or self.compares
+            self.needs_teacher = (
+                calibration.inputs is Inputs.float or self.compares or self.wants.float_inputs
+            )
         self.teacher = copy.deepcopy(self.student) if self.needs_teacher else None
         # the float network that tuning looks up to, also where the layers do not need it
         self.example: nn.Module | None = self.teacher
         distilled = self.tuning is not None and self.tuning.scope is Scope.network
-        if (distilled or isinstance(method, NetworkMethod)) and self.teacher is None:
+        wanted = self.wants.network or self.wants.output_gradients
+        if (distilled or wanted) and self.teacher is None:
             self.example = copy.deepcopy(self.student)
         self.blocks = set(adapter.blocks())
 
@@ -246,7 +250,7 @@ class _Walk:
         bar.close()
         self._reestimate()
         trainers: list[NetworkMethod] = []
-        if isinstance(self.method, NetworkMethod):
+        if isinstance(self.method, NetworkMethod) and self.wants.network:
             trainers.append(self.method)
         if self.tuning is not None and self.tuning.scope is Scope.network:
             trainers.append(self.tuning)
@@ -290,10 +294,11 @@ class _Walk:
             calls=calls,
             float_calls=inputs.get("teacher"),
             targets=unit_outputs(original, sources, self.device),
+            squared_gradients=self._squared_gradients(unit),
             seed=self.seed,
             progress=progress,
         )
-        if isinstance(self.method, BlockMethod):
+        if isinstance(self.method, BlockMethod) and self.wants.blocks:
             self._tuned(self.method.tune_block(problem))
         if self._tunes_blocks() and unit.name in self.blocks:
             assert self.tuning is not None
@@ -308,7 +313,13 @@ class _Walk:
     def _reconstructs(self, unit: Unit) -> bool:
         """Whether the unit is trained as one after its layers are quantized."""
         blocks = self._tunes_blocks() and unit.name in self.blocks
-        return unit.replayable and (blocks or isinstance(self.method, BlockMethod))
+        return unit.replayable and (blocks or self.wants.blocks)
+
+    def _squared_gradients(self, unit: Unit) -> list[Tensor] | None:
+        if not self.wants.output_gradients:
+            return None
+        assert self.example is not None
+        return squared_output_gradients(self.adapter, self.example, unit.name, self.batches, self.seed)
 
     def _tuned(self, report: TuningReport) -> None:
         self.report.tuning.append(report)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -14,6 +15,24 @@ from ptq.grids.grid import Grid
 from ptq.models.adapter import ModelAdapter
 from ptq.problem import LayerProblem
 from ptq.report import TuningReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wants:
+    """Which hooks of a method the pipeline is to call, and what beside the usual it is to hand them."""
+
+    blocks: bool
+    network: bool
+    float_inputs: bool = False  # BlockProblem.float_calls
+    output_gradients: bool = False  # BlockProblem.squared_gradients
+
+
+@runtime_checkable
+class Configurable(Protocol):
+    """A method whose settings decide which of its hooks are called."""
+
+    def wants(self) -> Wants:
+        """What the pipeline is to call, and with what."""
 
 
 class GridSpec(Protocol):
@@ -90,6 +109,13 @@ class SizedMethod(Protocol):
 
     def size(self, grid: GridSpec, W: Tensor, bits: float, group_size: int | None) -> dict[str, int]:
         """Bits that W will take, {"codes", "parameters"}, without solving anything."""
+
+
+def wants(method: LayerMethod) -> Wants:
+    """What the method says it wants, else every hook it has."""
+    if isinstance(method, Configurable):
+        return method.wants()
+    return Wants(blocks=isinstance(method, BlockMethod), network=isinstance(method, NetworkMethod))
 
 
 def stored_size(

@@ -11,20 +11,27 @@ from ptq.config import build, choices, companion, load_choice
 from ptq.errors import InputError
 from ptq.grids.affine import Affine, Granularity
 from ptq.grids.column_scaled import ColumnScaled
-from ptq.methods.method import GridChecker, LayerMethod, RatedGridSpec, check_pair
+from ptq.methods.method import GridChecker, LayerMethod, RatedGridSpec, check_pair, wants
 from ptq.methods.selecting import SelectingMethod
 from ptq.problem import LayerProblem
 from tests.conftest import Golden, random_problem
 
 METHODS = [m for m in choices("method") if isinstance(build(load_choice("method", m), "method"), LayerMethod)]
-# rtn, and methods that choose by the task and then round each weight by itself, fit nothing to the inputs
-THAT_FIT = [
-    m
-    for m in METHODS
-    if m != "rtn" and not isinstance(build(load_choice("method", m), "method"), SelectingMethod)
-]
+
+
+def fits_layers(name: str) -> bool:
+    """Not so rtn, methods that choose by the task and then round each weight by itself, and those that fit a
+    whole block later.
+    """
+    method = build(load_choice("method", name), "method")
+    return name != "rtn" and not isinstance(method, SelectingMethod) and not wants(method).blocks
+
+
+THAT_FIT = [m for m in METHODS if fits_layers(m)]
+# as published it takes ten thousand steps
+SHORTENED = {"adaround": {"iterations": 300, "rounding_rate": 0.02}}
 # every candidate is a fit of the whole grid, which some grids take seconds for
-FEW_CANDIDATES = {"awq": {"exponents": 2, "shrink": []}}
+FEW_CANDIDATES = {"awq": {"exponents": 2, "shrink": []}, **SHORTENED}
 GOLDEN_COMQ = [
     (order, sweeps, shrink, bits)
     for order, sweeps in (("natural", 1), ("natural", 3), ("greedy", 1), ("greedy", 3))
@@ -92,9 +99,11 @@ def test_contract(choice, name: str, group_size: int | None) -> None:
             spec.check(4, group_size)
         return
     for bits in (4, 2):
-        method = choice("method", name)
+        method = choice("method", name, **SHORTENED.get(name, {}))
         codes, grid = method.quantize_layer(problem, spec, bits, group_size)
-        again, grid_again = choice("method", name).quantize_layer(problem, spec, bits, group_size)
+        again, grid_again = choice("method", name, **SHORTENED.get(name, {})).quantize_layer(
+            problem, spec, bits, group_size
+        )
         W_hat = grid.values(codes)
         assert codes.shape == W.shape
         assert codes.dtype == torch.int16
@@ -114,7 +123,9 @@ def test_contract(choice, name: str, group_size: int | None) -> None:
 @pytest.mark.parametrize("bits", [4, 3, 2])
 def test_methods_that_fit_beat_nearest_rounding(choice, golden: Golden, name: str, bits: int) -> None:
     spec = choice("grid", method_grid(name))
-    codes, grid = choice("method", name).quantize_layer(golden.problem, spec, bits, None)
+    codes, grid = choice("method", name, **SHORTENED.get(name, {})).quantize_layer(
+        golden.problem, spec, bits, None
+    )
     plain = spec.fit(golden.problem.W, bits, None, golden.problem.H)
     nearest_error = golden.error(plain.values(plain.round(golden.problem.W))[0])
     assert golden.error(grid.values(codes)[0]) < 0.8 * nearest_error
@@ -157,7 +168,9 @@ def test_odd_layers_work(choice, name: str, case: str) -> None:
     elif case == "zero weights":
         W = torch.zeros_like(W)
     problem = LayerProblem(case, W, H)
-    codes, grid = choice("method", name).quantize_layer(problem, choice("grid", method_grid(name)), 4, None)
+    codes, grid = choice("method", name, **SHORTENED.get(name, {})).quantize_layer(
+        problem, choice("grid", method_grid(name)), 4, None
+    )
     W_hat = grid.values(codes)
     assert bool(torch.isfinite(W_hat).all())
     assert problem.relative_error(W_hat) < 0.2

@@ -1,0 +1,165 @@
+"""The loss of a block or of the network on one piece of the calibration set, with its inputs augmented.
+
+Every loss but l2 is multiplied by one constant that makes it as large as l2 for the hard codes at the start,
+so that a regulariser weighs the same against each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptq.block_problem import BlockProblem
+from ptq.losses import Loss, unit_mean
+from ptq.models.adapter import ModelAdapter
+from ptq.plan import Call, first_tensor, map_tensors
+from ptq.tuning import float32, slices
+
+
+class Augmentation(Enum):
+    """What is done to a block's first input in each training step."""
+
+    none = "none"
+    qdrop = "qdrop"  # each element is the float network's with some probability (QDrop)
+    noise = "noise"  # Gaussian, as large as a multiple of what quantization has done to the input
+    mixup = "mixup"  # samples mixed with one another, the float block's output being the target
+
+
+@dataclass(kw_only=True)
+class Piece:
+    """Some samples: the block's arguments, the float network's first input, the wanted output."""
+
+    call: Call
+    float_input: Tensor | None
+    target: Tensor
+    weight: Tensor | None  # of the squared differences
+
+
+class BlockLoss:
+    """The loss of a block, piece by piece."""
+
+    def __init__(
+        self,
+        problem: BlockProblem,
+        targets: list[Tensor],
+        *,
+        kind: Loss,
+        p: float,
+        batch_size: int,
+        augmentation: Augmentation,
+        probability: float,
+        strength: float,
+        device: torch.device,
+        seed: int,
+    ) -> None:
+        self.block, self.original, self.kind, self.p = problem.block, problem.original, kind, p
+        self.augmentation, self.probability, self.strength = augmentation, probability, strength
+        self.device = device
+        self.generator = torch.Generator().manual_seed(seed)
+        self.size = 1.0
+        self.pieces = [
+            Piece(call=call, float_input=None, target=target, weight=None)
+            for call, target in slices(self.block, problem.calls, targets, batch_size)
+        ]
+        if problem.float_calls is not None and augmentation is not Augmentation.none:
+            for piece, (call, _) in zip(
+                self.pieces, slices(self.block, problem.float_calls, targets, batch_size), strict=True
+            ):
+                piece.float_input = first_tensor(call.args)
+        if problem.squared_gradients is not None:
+            weights = unit_mean(problem.squared_gradients)
+            for piece, (_, weight) in zip(
+                self.pieces, slices(self.block, problem.calls, weights, batch_size), strict=True
+            ):
+                piece.weight = weight
+        if kind is not Loss.l2:
+            self.size = like_l2([self._compared(piece) for piece in self.pieces[:4]], kind, p)
+
+    def plain(self, piece: Piece) -> Tensor:
+        """The loss on the inputs as they are."""
+        return self.kind.of(*self._compared(piece)[:2], self.p, self._weight(piece)) * self.size
+
+    def training(self, piece: Piece) -> Tensor:
+        """The loss on augmented inputs."""
+        if self.augmentation is Augmentation.none or piece.float_input is None:
+            return self.plain(piece)
+        call = piece.call.to(self.device)
+        x, x_float = call.args[0].float(), piece.float_input.to(self.device).float()
+        target = piece.target.to(self.device).float()
+        if self.augmentation is Augmentation.qdrop:
+            drop = torch.rand(x.shape, generator=self.generator).to(x.device) < self.probability
+            x = torch.where(drop, x_float, x)
+        elif self.augmentation is Augmentation.noise:
+            spread = (x - x_float).square().mean().sqrt() * self.strength
+            x = x + spread * torch.randn(x.shape, generator=self.generator).to(x.device)
+        else:
+            order = torch.randperm(len(x), generator=self.generator).to(x.device)
+            share = float(torch.rand((), generator=self.generator)) * self.strength / 2
+            x, x_float = torch.lerp(x, x[order], share), torch.lerp(x_float, x_float[order], share)
+            with torch.no_grad():
+                target = self._output(self.original, call.with_first(x_float))
+        output = self._output(self.block, call.with_first(x))
+        return self.kind.of(output, target, self.p, self._weight(piece)) * self.size
+
+    def _weight(self, piece: Piece) -> Tensor | None:
+        return None if piece.weight is None else piece.weight.to(self.device)
+
+    def _compared(self, piece: Piece) -> tuple[Tensor, Tensor, Tensor | None]:
+        output = self._output(self.block, piece.call.to(self.device))
+        return output, piece.target.to(self.device).float(), self._weight(piece)
+
+    def _output(self, module: nn.Module, call: Call) -> Tensor:
+        there = call.cloned()
+        output = first_tensor(module(*float32(there.args), **float32(there.kwargs)))
+        assert output is not None
+        return output
+
+
+class NetworkLoss:
+    """The loss of the network's logits, batch by batch."""
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        teacher: nn.Module,
+        samples: Iterable[tuple[Any, Tensor | None]],
+        *,
+        kind: Loss,
+        p: float,
+        batch_size: int,
+        device: torch.device,
+    ) -> None:
+        self.adapter, self.kind, self.p, self.device, self.size = adapter, kind, p, device, 1.0
+        self.pieces: list[tuple[Any, Tensor]] = []
+        with torch.no_grad():
+            for batch, _ in samples:
+                parts = batch.split(batch_size) if isinstance(batch, Tensor) else [batch]
+                for part in parts:
+                    wanted = adapter.forward(teacher, self._there(part)).float()
+                    self.pieces.append((part, wanted.cpu()))
+            if kind is not Loss.l2:
+                self.size = like_l2([(*self._compared(piece), None) for piece in self.pieces[:4]], kind, p)
+
+    def training(self, piece: tuple[Any, Tensor]) -> Tensor:
+        """The loss on one batch."""
+        return self.kind.of(*self._compared(piece), self.p) * self.size
+
+    def _compared(self, piece: tuple[Any, Tensor]) -> tuple[Tensor, Tensor]:
+        output = self.adapter.forward(self.adapter.module, self._there(piece[0])).float()
+        return output, piece[1].to(self.device)
+
+    def _there(self, batch: Any) -> Any:
+        return map_tensors(batch, lambda t: t.to(self.device))
+
+
+@torch.no_grad()
+def like_l2(compared: list[tuple[Tensor, Tensor, Tensor | None]], kind: Loss, p: float) -> float:
+    """What makes `kind` as large as l2 on these outputs, targets and weights; 1 where either is 0."""
+    plain = sum(float(Loss.l2.of(output, target)) for output, target, _ in compared)
+    other = sum(float(kind.of(output, target, p, weight)) for output, target, weight in compared)
+    return plain / other if plain > 0 and other > 0 else 1.0

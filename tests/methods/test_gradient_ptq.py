@@ -1,0 +1,224 @@
+"""Gradient PTQ: the layer on its Gram, blocks, the network; every axis is a working switch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ptq
+from ptq.config import build, load_choice
+from ptq.errors import InputError
+from ptq.layers import QuantizedLayer
+from ptq.losses import Loss
+from ptq.problem import LayerProblem
+from ptq.solvers.soft_rounding import Kind, Softening, relax
+from tests.conftest import random_problem
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, groups=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.conv2(torch.relu(self.norm(self.conv1(x)))))
+
+
+class Net(nn.Module):
+    """A stem, two residual blocks, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3)
+        self.blocks = nn.Sequential(Residual(6), Residual(6))
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(torch.relu(self.stem(x))).mean((2, 3)))
+
+
+@pytest.fixture
+def net() -> tuple[Net, list[Tensor]]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Net().eval(), list(torch.randn(32, 3, 8, 8).split(16))
+
+
+QUICK: dict[str, Any] = {"iterations": 60, "rounding_rate": 0.02, "batch_size": 8, "schedule": "cosine"}
+
+
+def run(net: tuple[Net, list[Tensor]], name: str, bits: int = 2, grid: str | None = None, **overrides: Any):
+    return ptq.quantize_model(net[0], net[1], name, grid, bits, **{**QUICK, **overrides})
+
+
+def sampled_adaround(problem: LayerProblem, X: Tensor, grid: Any, iterations: int, rate: float) -> Tensor:
+    """AdaRound as usually written, on batches of stored inputs [tokens, in]: what unit=layer must equal."""
+    softening = Softening(
+        kind=Kind.sigmoid, regularisation=0.01, beta=(20.0, 2.0), warmup=0.2, soft_fractions=[]
+    )
+    rounding = relax(softening, grid, problem.T, grid.round(problem.T))
+    optimizer = torch.optim.Adam([rounding.V.requires_grad_(True)], lr=rate)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(iterations):
+        batch = X[torch.randperm(len(X), generator=generator)[:256]]
+        loss = (batch @ (rounding.values(grid)[0] - problem.T[0]).T).square().sum(-1).mean()
+        extra = rounding.regulariser(step / iterations)
+        optimizer.zero_grad()
+        (loss if extra is None else loss + extra).backward()
+        optimizer.step()
+    return rounding.codes(grid)
+
+
+def test_layer_on_its_gram_equals_sampled_inputs_and_beats_nearest(choice) -> None:
+    generator = torch.Generator().manual_seed(3)
+    X = torch.randn(1024, 24, generator=generator) @ torch.randn(24, 24, generator=generator) / 24**0.5
+    W = torch.randn(12, 24, generator=generator)
+    problem = LayerProblem("layer", W, X.double().T @ X.double() / len(X))
+    spec = choice("grid", "affine_mse")
+    for bits in (4, 2):
+        grid = spec.fit(problem.T, bits)
+        method = choice("method", "adaround", iterations=400, rounding_rate=0.01)
+        codes, _ = method.quantize_layer(problem, spec, bits, None)
+        sampled = sampled_adaround(problem, X, grid, 400, 0.01)
+        ours, theirs, nearest = (
+            problem.relative_error(grid.values(c)) for c in (codes, sampled, grid.round(problem.T))
+        )
+        assert ours <= 1.02 * theirs
+        assert ours < 0.9 * nearest
+
+
+@pytest.mark.parametrize("kind", [k.value for k in Kind])
+@pytest.mark.parametrize("grid", ["affine", "codebook", "power", "ptnq_channel", "entropy"])
+def test_every_relaxation_on_every_kind_of_grid(choice, kind: str, grid: str) -> None:
+    """Never worse than nearest rounding, which keep_best promises; better where it was not near the best."""
+    problem = random_problem(6, 20, dtype=torch.float32)
+    spec = choice("grid", grid)
+    method = choice(
+        "method",
+        "adaround",
+        relaxation=kind,
+        variables=["rounding", "grid"],
+        soft_fractions=[0.6, 0.3, 0.1] if kind == "progressive" else [],
+        iterations=120,
+        rounding_rate=0.03,
+        grid_rate=0.003,
+        schedule="cosine",
+        keep_best=True,
+        checks=3,
+    )
+    codes, fitted = method.quantize_layer(problem, spec, 2, None)
+    plain = spec.fit(problem.T, 2, None, problem.H)
+    nearest = problem.relative_error(plain.values(plain.round(problem.T)))
+    assert problem.relative_error(fitted.values(codes)) <= nearest * (
+        0.97 if grid in ("affine", "power") else 1
+    )
+
+
+def test_only_hard_codes_are_left_and_they_are_decided(net) -> None:
+    quantized, report = run(net, "brecq", iterations=200, rounding_rate=0.1, schedule="constant")
+    assert [t.unit for t in report.tuning] == ["stem", "blocks.0", "blocks.1", "head"]
+    kinds = {type(m).__name__ for m in quantized.modules()}
+    assert "SoftLayer" not in kinds
+    assert sum(isinstance(m, QuantizedLayer) for m in quantized.modules()) == 6
+    for tuned in report.tuning:
+        assert tuned.undecided is not None
+        assert tuned.undecided < 0.01
+        assert tuned.steps == 200
+        assert len(tuned.losses) == 100
+    assert not any(
+        p.requires_grad for m in quantized.modules() if isinstance(m, QuantizedLayer) for p in m.parameters()
+    )
+
+
+def test_a_block_gives_less_loss_than_it_started_with(net) -> None:
+    for name in ("gradient_ptq", "autoround"):
+        _, report = run(net, name, checks=3)
+        assert all(t.loss_after <= t.loss_before for t in report.tuning)
+        assert sum(t.kept for t in report.tuning) >= 2
+
+
+BLOCK_AXES = [
+    {"loss": "lp", "p": 2.4},
+    {"loss": "relative_l2"},
+    {"loss": "cosine"},
+    {"loss": "kl"},
+    {"loss": "fisher_diagonal"},
+    {"variables": ["rounding"]},
+    {"variables": ["rounding", "grid", "bias", "norm"]},
+    {"relaxation": "sigmoid"},
+    {"relaxation": "progressive", "soft_fractions": [0.5, 0.1], "grid_form": "factor"},
+    {"optimizer": "sgd", "rounding_rate": 0.1, "grid_rate": 1.0e-4},
+    {"optimizer": "adamw", "weight_decay": 0.01},
+    {"optimizer": "adamax"},
+    {"optimizer": "radam"},
+    {"optimizer": "sign", "schedule": "linear"},
+    {"augmentation": "qdrop"},
+    {"augmentation": "noise"},
+    {"augmentation": "mixup"},
+    {"selection": "ambiguous", "selected": 0.5},
+    {"selection": "magnitude", "selected": 0.5},
+    {"selection": "gradient", "selected": 0.5},
+    {"selection": "random", "selected": 0.5},
+    {"start": "gptq"},
+    {"float_target": False},
+    {"unit": "network", "loss": "kl"},
+    {"unit": "network", "loss": "l2"},
+]
+
+
+@pytest.mark.parametrize("axis", BLOCK_AXES, ids=lambda axis: "-".join(str(v) for v in axis.values())[:40])
+def test_every_axis_is_a_switch_that_works(net, axis: dict[str, Any]) -> None:
+    """From nearest codes, each choice by itself brings the loss down somewhere, and changes the result."""
+    overrides = {"start": "rtn", "checks": 2, "iterations": 30, **axis}
+    quantized, report = run(net, "gradient_ptq", **overrides)
+    assert len(report.tuning) == (1 if axis.get("unit") == "network" else 4)
+    assert any(t.kept and t.loss_after < t.loss_before for t in report.tuning)
+    assert all(torch.isfinite(quantized(x)).all() for x in net[1])
+
+
+def test_same_seed_same_codes(net) -> None:
+    one, two = (run(net, "qdrop", iterations=20)[0].state_dict() for _ in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_random_selection_leaves_the_others_at_their_first_codes(net) -> None:
+    plain, _ = ptq.quantize_model(net[0], net[1], "rtn", "affine_float", 2)
+    few = {"selection": "random", "selected": 0.25, "variables": ["rounding"]}
+    tuned, _ = run(net, "gradient_ptq", start="rtn", rounding_rate=0.1, keep_best=False, **few)
+    for name in ("stem", "blocks.0.conv1"):
+        before, after = (m.get_submodule(name).grid_and_codes()[1] for m in (plain, tuned))
+        assert 0 < float((before != after).float().mean()) <= 0.25
+
+
+def test_fisher_weights_are_those_of_the_float_network(choice, net) -> None:
+    weight = torch.tensor([[1.0, 3.0]])
+    output, target = torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2)
+    assert float(Loss.fisher_diagonal.of(output, target, weight=weight)) == 1 + 3 * 4
+    assert float(Loss.lp.of(output, target, 1.0)) == pytest.approx(3, abs=1e-4)
+    assert float(Loss.cosine.of(output, output)) == pytest.approx(0, abs=1e-6)
+    assert float(Loss.kl.of(output, output + 5)) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"loss": "cosine"}, "squared errors only; got loss=cosine"),
+        ({"augmentation": "qdrop"}, "changes a block's inputs"),
+        ({"variables": ["rounding", "bias"]}, "rounding and grid only"),
+        ({"variables": ["grid"]}, "must name rounding"),
+        ({"grid_form": "range"}, "rounded anew"),
+        ({"start": "comqq"}, "did you mean 'comq'"),
+        ({"selected": 0.0}, r"fraction in \(0, 1\]"),
+        ({"rounding_rate": 0.0}, "rates must be positive"),
+        ({"relaxation": "hard"}, "ill-typed value for method.relaxation"),
+    ],
+    ids=lambda value: str(value)[:25],
+)
+def test_wrong_settings(overrides: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        build(load_choice("method", "adaround", **overrides), "method")
