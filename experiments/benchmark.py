@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ptq.config import build, choices, companion, load_choice
+from ptq.methods.method import LayerMethod
 from ptq.problem import LayerProblem
 from ptq.rate import quantize_to_rate
 from ptq.solvers.coordinate_descent import Order, coordinate_descent
@@ -181,7 +182,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--methods", nargs="+", default=choices("method"))
+    layerwise = [
+        m for m in choices("method") if isinstance(build(load_choice("method", m), "method"), LayerMethod)
+    ]
+    parser.add_argument("--methods", nargs="+", default=layerwise)
     parser.add_argument("--exclude", nargs="+", default=[], help="methods to leave out, the slow ones say")
     parser.add_argument("--reference", default="decoupleq_release", help="method the others are divided by")
     parser.add_argument("--skip-plain", action="store_true", help="leave out COMQ's plain formula (minutes)")

@@ -23,6 +23,9 @@ class LayerReport:
     seconds: float
     activation: dict[str, Any] | None = None  # of the input's quantizer; None where it stays float
     added_bias: bool = False  # by bias correction, on a layer that had none
+    clipped_fraction: float | None = (
+        None  # weights beyond the range, of methods that train it; None elsewhere
+    )
 
 
 @dataclass(kw_only=True)

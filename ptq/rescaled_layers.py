@@ -140,7 +140,7 @@ class RescaledLayer(nn.Module):
             parameter_bits=parameter_bits,
             per_tensor=right.numel() == 1,
         ).as_stored()
-        tensors, facts = grid.storage(codes.to(torch.int16))
+        tensors, facts = grid.storage(codes.to(torch.int32))
         facts["geometry"] = self.geometry
         bias = None if self.bias is None else self.bias / outputs.flatten()
         quantizer = None

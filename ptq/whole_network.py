@@ -20,6 +20,7 @@ from ptq.calibration import Calibration, NoCalibration
 from ptq.errors import InputError
 from ptq.layers import QuantizedLayer
 from ptq.methods.method import GridSpec, LayerMethod, check_pair
+from ptq.mixed_precision import MixedBits
 from ptq.models.adapter import ModelAdapter
 from ptq.models.graph import ScaleGraph
 from ptq.observers import Activations, check_activations
@@ -50,6 +51,7 @@ class NetworkSolution:
     """Facts about a network that was quantized as one."""
 
     relative_errors: dict[str, float]  # of each layer's output on the float network's inputs
+    clipped_fractions: dict[str, float]  # of each layer's weights
     tuning: TuningReport
 
 
@@ -80,6 +82,8 @@ def check_whole(
         )
     if isinstance(calibration, NoCalibration):
         raise InputError("a method that trains the network needs calibration data, not calibration=none")
+    if isinstance(bits, MixedBits):
+        raise InputError("bits=mixed asks a layer-wise method what a width costs; use fixed widths here")
     if bits.group_size is not None:
         raise InputError(
             f"a scale matrix of rank one has no groups of inputs; got bits.group_size={bits.group_size}, "
@@ -177,4 +181,5 @@ def _layer_report(
         storage_bits=grid.storage_bits(codes),
         seconds=solution.tuning.seconds / len(problem.bits),
         activation=None if quantizer is None else quantizer.summary(),
+        clipped_fraction=solution.clipped_fractions[name],
     )

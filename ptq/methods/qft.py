@@ -199,11 +199,12 @@ class QFT:
         groups = self._parameters(list(layers.values()))
         report = distill(problem.adapter, teacher, graph, torch.cat(problem.batches), groups, settings)
         errors = _relative_errors(problem, teacher, layers)
+        clipped = {name: layer.clipped_fraction() for name, layer in layers.items()}
         scales = next(iter(layers.values())).shared[0]
         rescale(module, graph, scales.units().detach(), done=frozenset(layers))
         for name, layer in layers.items():
             _put(module, name, layer.frozen(grid.parameter_bits))
-        return NetworkSolution(relative_errors=errors, tuning=report)
+        return NetworkSolution(relative_errors=errors, clipped_fractions=clipped, tuning=report)
 
     def _code_range(self, bits: int) -> tuple[int, int]:
         most: int = 2 ** (bits - 1) - 1
