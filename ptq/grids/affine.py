@@ -344,10 +344,10 @@ class AffineGrid:
     def _zero_point_bits(self) -> int:
         assert self.zero_point is not None
         inside = (self.zero_point >= 0) & (self.zero_point <= self.code_max)
-        return self.bits if bool(inside.all()) else 16
+        return self.bits if bool(inside.all()) else max(16, self.bits + 1)
 
     def storage(self, codes: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors = {"codes": pack_codes(codes - self.code_min, self.bits)}
+        tensors = {"codes": pack_codes(codes.to(torch.int32) - self.code_min, self.bits)}
         tensors["scale"], scale_exponent = pack_parameter(self.scale, self.parameter_bits)
         facts: dict[str, Any] = {
             "grid": "ptq.grids.affine.AffineGrid",
@@ -376,7 +376,7 @@ class AffineGrid:
         shape: tuple[int, ...] = tuple(facts["shape"])
         unit_shape: tuple[int, ...] = tuple(facts["parameter_shape"])
         code_min = -(2 ** (bits - 1)) if facts["symmetric"] else 0
-        codes = (unpack_codes(tensors["codes"], bits, shape) + code_min).to(torch.int16)
+        codes = unpack_codes(tensors["codes"], bits, shape) + code_min
         scale = unpack_parameter(tensors["scale"], facts["scale_exponent"]).reshape(unit_shape)
         zero_point = offset = None
         if "zero_point" in tensors:
@@ -397,7 +397,7 @@ class AffineGrid:
             parameter_bits=int(facts["parameter_bits"]),
             per_tensor=bool(facts["per_tensor"]),
         )
-        return grid, codes
+        return grid, codes.to(code_dtype(grid))
 
     def storage_bits(self, codes: Tensor) -> dict[str, int]:
         parameters = self.scale.numel() * self.parameter_bits

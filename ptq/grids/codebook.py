@@ -310,7 +310,7 @@ class CodebookGrid:
             parameter_bits=int(facts["parameter_bits"]),
             per_tensor=bool(facts["per_tensor"]),
         )
-        return grid, unpack_codes(tensors["codes"], bits, shape).to(torch.int16)
+        return grid, unpack_codes(tensors["codes"], bits, shape).to(code_dtype(grid))
 
     def storage_bits(self, codes: Tensor) -> dict[str, int]:
         return {

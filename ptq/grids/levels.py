@@ -323,7 +323,7 @@ class LevelGrid:
             parameter_bits=int(facts["parameter_bits"]),
             per_tensor=bool(facts["per_tensor"]),
         )
-        return grid, unpack_codes(tensors["codes"], pool.bits, shape).to(torch.int16)
+        return grid, unpack_codes(tensors["codes"], pool.bits, shape).to(code_dtype(grid))
 
     def storage_bits(self, codes: Tensor) -> dict[str, int]:
         parameters = self.scale.numel() * self.parameter_bits
