@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 import ptq
 from ptq import checkpoint
-from ptq.config import build, choices, load_choice
+from ptq.config import CONF_DIR, build, choices, load_choice
 from ptq.errors import InputError
 from ptq.layers import QuantizedLayer
 from ptq.methods.qft import QFT
@@ -21,6 +22,7 @@ from ptq.models.networks import CifarResNetModule, DigitsResNetModule, DigitsViT
 from ptq.plan import trace
 from ptq.preparation import folded_graph, rescale
 from ptq.rescaled_layers import RescaledLayer
+from ptq.runner import run
 from ptq.whole_network import NetworkProblem, check_whole
 from tests.test_preparation import adapter_of, trained
 
@@ -258,6 +260,32 @@ def test_configurations_work_on_a_small_network(choice, name: str) -> None:
     _, report = quantized(module, batches, name)
     assert report.tuning[0].loss_after <= report.tuning[0].loss_before
     assert choice("method", name).passes() > 0
+
+
+def test_a_job_from_config_to_saved_model(tmp_path: Path) -> None:
+    overrides = [
+        "model=digits_resnet", "method=qft", "method.epochs=1", "bits=w4a8_ends8", "preparation=equalize",
+        "calibration.num_samples=64", "eval.num_samples=100", "progress=false", "device=cpu",
+        "save_model=true", f"output_dir={tmp_path}",
+    ]  # fmt: skip
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        config = compose("config", overrides=overrides)
+        text = compose(
+            "config", overrides=["model=topics_llama", "data=topics", "method=qft", *overrides[8:]]
+        )
+    record = run(config, {"model": "digits_resnet", "method": "qft"})
+    assert record["status"] == "done", record["error"]
+    assert record["quantized"]["top1"] > record["float"]["top1"] - 4
+    assert [layer["bits"] for layer in record["layers"]][:2] == [8, 4]
+    weights = sum(torch.Size(layer["shape"]).numel() for layer in record["layers"])
+    assert record["saved_bytes"] * 8 / weights == pytest.approx(
+        record["bits_per_coefficient"]["total"], abs=0.01
+    )
+    restored = checkpoint.load(Path(record["directory"]) / "model")
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in restored.modules())
+    refused = run(text, {"model": "topics_llama", "method": "qft"})
+    assert refused["status"] == "failed"
+    assert "is a language model" in refused["error"]["message"]
 
 
 @pytest.mark.parametrize(
