@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ptq.plan import Call
+from ptq.resume import Resume
 
 
 @dataclass(kw_only=True)
@@ -27,3 +28,4 @@ class BlockProblem:
     squared_gradients: list[Tensor] | None
     seed: int
     progress: bool
+    resume: Resume  # where the training of the block keeps its state

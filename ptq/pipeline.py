@@ -48,6 +48,8 @@ from ptq.problem import LayerProblem
 from ptq.rate import quantize_to_rate
 from ptq.rate_allocation import budget, check_allocation
 from ptq.report import LayerReport, Report, TuningReport
+from ptq.resume import Resume
+from ptq.saved_units import SavedUnits
 from ptq.tuning import NoTuning, Scope, Tuning, check_tuning
 from ptq.whole_network import WholeNetworkMethod, quantize_whole
 
@@ -67,6 +69,7 @@ def quantize(
     device: torch.device | str = "cpu",
     seed: int = 0,
     progress: bool = False,
+    resume: Resume | None = None,
 ) -> Report:
     """Quantize `adapter.module` in place and say what was done.
 
@@ -75,7 +78,7 @@ def quantize(
     are (batch, labels) pairs that tuning of the whole network goes over in each epoch, the unlabelled
     `batches` where it is None. `redraw(k)` gives the batches of the k-th layer, for
     calibration.fresh_per_layer. Raises InputError, with the layer's name, on NaN or infinity in weights or
-    inputs.
+    inputs. `resume` holds what interrupted runs of the same job have done, and keeps what this one does.
     """
     if isinstance(method, WholeNetworkMethod):
 
@@ -121,7 +124,9 @@ def quantize(
             torch.device(device),
             seed,
         )
-        return walk.run([(b, None) for b in batches] if samples is None else samples, progress)
+        return walk.run(
+            [(b, None) for b in batches] if samples is None else samples, progress, resume or Resume()
+        )
 
 
 class _Walk:
@@ -210,9 +215,17 @@ class _Walk:
             self.example = copy.deepcopy(self.student)
         self.blocks = set(adapter.blocks())
 
-    def run(self, samples: Iterable[tuple[Any, Tensor | None]], progress: bool) -> Report:
-        total = sum(width is not None for width in self.allocation.values())
-        bar = tqdm(total=total, desc="quantize", unit="layer", disable=not progress, delay=1)
+    def run(self, samples: Iterable[tuple[Any, Tensor | None]], progress: bool, resume: Resume) -> Report:
+        saved = SavedUnits(resume, self.plan.units, self.student, self.report)
+        layers = [name for name, width in self.allocation.items() if width is not None]
+        bar = tqdm(
+            total=len(layers),
+            initial=len(saved.finished(layers)),
+            desc="quantize",
+            unit="layer",
+            disable=not progress,
+            delay=1,
+        )
         inputs: dict[str, list[Call]] = {}
         for k, unit in enumerate(self.plan.units):
             following = self.plan.units[k + 1] if k + 1 < len(self.plan.units) else None
@@ -223,7 +236,8 @@ class _Walk:
                 and self.needs_student
             )
             stages = [s for s in wanted if s] if sequential else [[n for s in wanted for n in s]]
-            if isinstance(self.calibration, Calibration):
+            gathers = isinstance(self.calibration, Calibration) and k >= saved.first
+            if gathers:
                 started = time.perf_counter()
                 for role, module in self._roles():
                     if unit.replayable and not (unit.chained and role in inputs):
@@ -233,13 +247,20 @@ class _Walk:
                         )
                 self.report.seconds["capture"] += time.perf_counter() - started
             original = None
-            if any(stages) and self._reconstructs(unit):
+            if any(stages) and self._reconstructs(unit) and k >= saved.done:
                 original = copy.deepcopy(self.student.get_submodule(unit.name))
-            for stage in stages:
-                self._quantize_stage(unit, stage, inputs, bar)
+            restored = saved.restore(k)
+            if self.budget is not None:
+                for layer in restored:
+                    self.budget.spend(layer.name, sum(layer.storage_bits.values()))
+            if k >= saved.done and not restored:
+                for stage in stages:
+                    self._quantize_stage(unit, stage, inputs, bar)
+                saved.keep(k, done=original is None)
             if original is not None:
-                self._reconstruct(unit, original, inputs, progress)
-            if following is not None and following.chained and isinstance(self.calibration, Calibration):
+                self._reconstruct(unit, original, inputs, progress, saved.place(k))
+                saved.keep(k, done=True)
+            if following is not None and following.chained and gathers:
                 started = time.perf_counter()
                 for role, module in self._roles():
                     outputs = unit_outputs(module.get_submodule(unit.name), inputs[role], self.device)
@@ -254,7 +275,7 @@ class _Walk:
             trainers.append(self.method)
         if self.tuning is not None and self.tuning.scope is Scope.network:
             trainers.append(self.tuning)
-        for trainer in trainers:
+        for number, trainer in enumerate(trainers):
             trained = trainer.tune_network(
                 self.adapter,
                 self.example,
@@ -262,6 +283,7 @@ class _Walk:
                 device=self.device,
                 seed=self.seed,
                 progress=progress,
+                resume=resume.within(f"network{number}"),
             )
             self._tuned(trained)
             self._reestimate()
@@ -277,7 +299,12 @@ class _Walk:
             )
 
     def _reconstruct(
-        self, unit: Unit, original: nn.Module, inputs: dict[str, list[Call]], progress: bool
+        self,
+        unit: Unit,
+        original: nn.Module,
+        inputs: dict[str, list[Call]],
+        progress: bool,
+        resume: Resume,
     ) -> None:
         """Train the unit to give what `original`, the float unit, gives on the inputs that the quantized unit
         gets (with target=float_path: on the float network's inputs).
@@ -297,12 +324,13 @@ class _Walk:
             squared_gradients=self._squared_gradients(unit),
             seed=self.seed,
             progress=progress,
+            resume=resume.within("method"),
         )
         if isinstance(self.method, BlockMethod) and self.wants.blocks:
             self._tuned(self.method.tune_block(problem))
         if self._tunes_blocks() and unit.name in self.blocks:
             assert self.tuning is not None
-            self._tuned(self.tuning.tune_block(problem))
+            self._tuned(self.tuning.tune_block(replace(problem, resume=resume.within("tuning"))))
         if alone is not None and alone[0] is not block:
             for alias in names_of(self.student, block):
                 replace_module(self.student, alias, alone[0])

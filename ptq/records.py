@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Any
 
 RECORD = "record.json"
-IGNORED = ("name", "output_dir", "tracker", "progress", "dry_run", "save_model", "rerun", "choices")
+IGNORED = (
+    "name",
+    "output_dir",
+    "tracker",
+    "progress",
+    "dry_run",
+    "save_model",
+    "save_every_s",
+    "rerun",
+    "choices",
+)
 
 
 def config_hash(config: dict[str, Any]) -> str:
@@ -23,10 +33,15 @@ def config_hash(config: dict[str, Any]) -> str:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader, or a crash, sees the old file or the new one whole."""
+    write_bytes(path, json.dumps(content, indent=1, default=str).encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """As `write_json`, any content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with part.open("w") as file:
-        json.dump(content, file, indent=1, default=str)
+    with part.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)

@@ -7,6 +7,7 @@ import logging
 import platform
 import re
 import resource
+import shutil
 import sys
 import time
 import traceback
@@ -34,12 +35,14 @@ from ptq.models.adapter import ModelAdapter
 from ptq.observers import Activations, check_activations
 from ptq.preparation import NoPreparation, Preparation
 from ptq.records import RECORD, config_hash, finished, versions, write_json
+from ptq.resume import Resume, Store
 from ptq.seeding import isolated_seed
 from ptq.selection import Trials, select, validation_evaluation
 from ptq.tuning import NoTuning, Scope, Tuning, check_tuning
 from ptq.whole_network import WholeNetworkMethod, check_whole
 
 log = logging.getLogger(__name__)
+RESUME = "resume"  # folder of an unfinished job's work, beside its record
 GROUPS = (
     "model",
     "data",
@@ -67,6 +70,7 @@ class Settings:
     dry_run: bool
     save_model: bool
     rerun: bool
+    save_every_s: float = 60.0
 
     def torch_device(self) -> torch.device:
         """The device that computes; InputError where it does not exist."""
@@ -152,6 +156,7 @@ def run(config: DictConfig, choices: dict[str, str]) -> dict[str, Any]:
         log.error("failed: %s: %s", directory.name, error)
     write_json(directory / RECORD, record)
     if record["status"] == "done":
+        shutil.rmtree(directory / RESUME, ignore_errors=True)
         log.info("%s", summary(record))
     try:
         build(config.tracker, "tracker").log(record, directory)
@@ -260,6 +265,7 @@ def _execute(
     if chooses(parts.method, parts.grid):
         record["selection"] = _select(parts, settings, plain)
         clock.lap("select")
+    store = _store(settings, directory, record, parts.device)
     report = pipeline.quantize(
         parts.adapter,
         parts.batches,
@@ -274,8 +280,9 @@ def _execute(
         device=parts.device,
         seed=settings.seed,
         progress=settings.progress,
+        resume=Resume(store),
     )
-    clock.lap("calibrate_and_quantize")
+    clock.lap("calibrate_and_quantize", store.spent.seconds)
     module = parts.adapter.module
     record["quantized"] = parts.evaluation.run(
         parts.adapter, module, parts.data, parts.device, settings.progress
@@ -299,7 +306,17 @@ def _execute(
         record["saved_bytes"] = checkpoint.quantized_bytes(directory / "model")
         clock.lap("save")
     record["seconds"] = {**clock.laps, **report.seconds, "total": clock.total()}
-    record["peak_memory_bytes"] = _peak_memory_bytes(parts.device)
+    record["interruptions"] = store.spent.runs
+    record["peak_memory_bytes"] = max(_peak_memory_bytes(parts.device), store.spent.peak_memory_bytes)
+
+
+def _store(settings: Settings, directory: Path, record: dict[str, Any], device: torch.device) -> Store:
+    """What interrupted runs of this very job have left; empty where there is none."""
+    folder = directory / RESUME
+    if settings.rerun:
+        shutil.rmtree(folder, ignore_errors=True)
+    identity = {"config_hash": record["config_hash"], "versions": record["versions"], "device": device.type}
+    return Store(folder, identity, settings.save_every_s, lambda: _peak_memory_bytes(device))
 
 
 def _select(parts: Parts, settings: Settings, plain: dict[str, Any]) -> dict[str, Any]:
@@ -381,9 +398,11 @@ class _Clock:
         self.start = self.last = time.perf_counter()
         self.laps: dict[str, float] = {}
 
-    def lap(self, phase: str) -> None:
+    def lap(self, phase: str, earlier: float = 0.0) -> None:
+        """A phase ends; runs that were interrupted have spent `earlier` seconds on it."""
         now = time.perf_counter()
-        self.laps[phase], self.last = now - self.last, now
+        self.laps[phase], self.last = now - self.last + earlier, now
+        self.start -= earlier
 
     def total(self) -> float:
         return time.perf_counter() - self.start

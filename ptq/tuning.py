@@ -18,12 +18,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from ptq.block_problem import BlockProblem
 from ptq.calibration import Calibration, NoCalibration
@@ -32,6 +31,8 @@ from ptq.layers import QuantizedLayer, TrainableLayer, names_of, replace_module
 from ptq.models.adapter import QUANTIZABLE, ModelAdapter
 from ptq.plan import Call, first_tensor, map_tensors
 from ptq.report import TuningReport
+from ptq.resume import Resume
+from ptq.training import TrainingRun
 
 TORCH_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
 
@@ -60,6 +61,13 @@ class Optimizer(Enum):
 class Schedule(Enum):
     constant = "constant"
     cosine = "cosine"  # to zero over all steps
+
+
+@runtime_checkable
+class Drawn(Protocol):
+    """Samples that come in an order of their own, new in each pass."""
+
+    generator: torch.Generator
 
 
 @dataclass(kw_only=True)
@@ -131,7 +139,14 @@ class Tuning:
                 return F.mse_loss(output, target.float()) / scale
 
             return self._train(
-                block, pieces, loss, lambda p: len(p[1]), problem.name, problem.seed, problem.progress
+                block,
+                pieces,
+                loss,
+                lambda p: len(p[1]),
+                problem.name,
+                problem.seed,
+                problem.progress,
+                problem.resume,
             )
 
     def tune_network(
@@ -143,6 +158,7 @@ class Tuning:
         device: torch.device,
         seed: int,
         progress: bool,
+        resume: Resume,
     ) -> TuningReport:
         """Train `adapter.module` in place on `samples`: pairs of a batch and its labels (None where there are
         none).
@@ -175,7 +191,7 @@ class Tuning:
             return F.mse_loss(logits, wanted) / scale
 
         with torch.enable_grad():
-            return self._train(student, samples, loss, lambda p: len(p[0]), "network", seed, progress)
+            return self._train(student, samples, loss, lambda p: len(p[0]), "network", seed, progress, resume)
 
     def _train(
         self,
@@ -186,6 +202,7 @@ class Tuning:
         name: str,
         seed: int,
         progress: bool,
+        resume: Resume,
     ) -> TuningReport:
         started = time.perf_counter()
         flags = {p: p.requires_grad for p in module.parameters()}
@@ -195,13 +212,14 @@ class Tuning:
             p.requires_grad_(False)
         free = self._free(module)
         before = after = math.nan
-        steps = 0
+        run: TrainingRun | None = None
         if free:
             statistics = {n: b.clone() for n, b in module.named_buffers() if n.rpartition(".")[2] in RUNNING}
             start = [p.detach().clone() for p in free]
             before = _mean_loss(pieces, loss, count)
             module.train(self.train_mode)
-            steps = self._descend(free, pieces, loss, seed, name, progress)
+            moving = [b for n, b in module.named_buffers() if n in statistics]
+            run = self._descend([*free, *moving], free, pieces, loss, seed, name, progress, resume)
             for m, training in modes.items():
                 m.training = training
             after = _mean_loss(pieces, loss, count)
@@ -221,8 +239,9 @@ class Tuning:
             loss_before=before,
             loss_after=after,
             kept=kept,
-            steps=steps,
+            steps=0 if run is None else run.step,
             seconds=time.perf_counter() - started,
+            losses=[] if run is None else run.losses,
         )
 
     def _free(self, module: nn.Module) -> list[nn.Parameter]:
@@ -258,14 +277,16 @@ class Tuning:
 
     def _descend(
         self,
+        changing: Sequence[Tensor],
         free: Sequence[nn.Parameter],
         pieces: Iterable[Any],
         loss: Callable[[Any], Tensor],
         seed: int,
         name: str,
         progress: bool,
-    ) -> int:
-        """Run all epochs; returns the number of steps. Stops at a loss that is not finite."""
+        resume: Resume,
+    ) -> TrainingRun:
+        """Run all epochs; stops at a loss that is not finite. `changing`: `free`, and statistics of norms."""
         sizes = [float(p.detach().square().mean().sqrt()) if self.relative_rate else 1.0 for p in free]
         groups = [
             {"params": [p], "lr": self.learning_rate * (size or 1.0)}
@@ -285,27 +306,28 @@ class Tuning:
         total = number * self.epochs
         rates = [group["lr"] for group in optimizer.param_groups]
         generator = torch.Generator().manual_seed(seed)
-        step = 0
-        bar = tqdm(total=total, desc=f"tune {name}", unit="step", disable=not progress, delay=1)
-        for _ in range(self.epochs):
+        run = TrainingRun(
+            f"tune {name}",
+            total,
+            resume=resume,
+            progress=progress,
+            tensors=changing,
+            parts=[optimizer],
+            generators=[generator, *([pieces.generator] if isinstance(pieces, Drawn) else [])],
+        )
+        for _ in run.rounds(self.epochs):
             for piece in _shuffled(pieces, generator):
-                factor = (
-                    (1 + math.cos(math.pi * step / total)) / 2 if self.schedule is Schedule.cosine else 1.0
-                )
+                cosine = (1 + math.cos(math.pi * run.step / total)) / 2
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                    group["lr"] = rate * factor
+                    group["lr"] = rate * (cosine if self.schedule is Schedule.cosine else 1.0)
                 optimizer.zero_grad(set_to_none=True)
                 value = loss(piece)
                 if not torch.isfinite(value):
-                    bar.close()
-                    return step
+                    return run
                 value.backward()
                 optimizer.step()
-                step += 1
-                bar.update()
-                bar.set_postfix(loss=f"{float(value.detach()):.4g}", refresh=False)
-        bar.close()
-        return step
+                run.record(value)
+        return run
 
 
 def check_tuning(tuning: Tuning | NoTuning | None, calibration: Calibration | NoCalibration) -> None:

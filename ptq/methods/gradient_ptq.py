@@ -33,6 +33,7 @@ from ptq.models.adapter import ModelAdapter
 from ptq.problem import LayerProblem
 from ptq.reconstruction import Rates, Recipe, Selection, Trainer, Variable
 from ptq.report import TuningReport
+from ptq.resume import Resume
 from ptq.solvers.grid_variables import GridForm
 from ptq.solvers.soft_rounding import Kind, Softening
 from ptq.tuning import Float32
@@ -212,6 +213,7 @@ class GradientPTQ:
         device: torch.device,
         seed: int,
         progress: bool,
+        resume: Resume,
     ) -> TuningReport:
         """Learn the codes of all layers of the network at once, from the float network's output."""
         assert teacher is not None

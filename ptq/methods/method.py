@@ -15,6 +15,7 @@ from ptq.grids.grid import Grid
 from ptq.models.adapter import ModelAdapter
 from ptq.problem import LayerProblem
 from ptq.report import TuningReport
+from ptq.resume import Resume
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,7 @@ class NetworkMethod(Protocol):
         device: torch.device,
         seed: int,
         progress: bool,
+        resume: Resume,
     ) -> TuningReport:
         """Change `adapter.module` in place; `teacher` is the float network."""
 
