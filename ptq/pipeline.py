@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -20,12 +19,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ptq.activations import ActivationQuantizer
 from ptq.allocation import Bits
 from ptq.batchnorm import reestimate
 from ptq.block_problem import BlockProblem
-from ptq.calibration import Calibration, GramAccumulator, Inputs, NoCalibration, Statistics, Target
-from ptq.capture import layer_inputs, squared_output_gradients, unit_calls, unit_outputs
+from ptq.calibration import Calibration, Inputs, NoCalibration, Statistics, Target
+from ptq.capture import squared_output_gradients, unit_calls, unit_outputs
 from ptq.errors import InputError
 from ptq.grids.grid import Grid
 from ptq.layers import QuantizedLayer, names_of, quantized_layer, replace_module, weight_matrix
@@ -33,13 +31,12 @@ from ptq.limit import limit_bits
 from ptq.methods.method import BlockMethod, GridSpec, LayerMethod, NetworkMethod, check_pair, wants
 from ptq.mixed_precision import Choice, MixedBits, check_mixed, choose
 from ptq.models.adapter import ModelAdapter
-from ptq.observers import Activations, InputObserver, check_activations
+from ptq.observers import Activations, check_activations
 from ptq.plan import (
     Call,
     Unit,
     allocate,
     allocate_activations,
-    hooks,
     map_tensors,
     skipped_parameters,
     trace,
@@ -48,10 +45,11 @@ from ptq.problem import LayerProblem
 from ptq.rate import quantize_to_rate
 from ptq.rate_allocation import budget, check_allocation
 from ptq.report import LayerReport, Report, TuningReport
-from ptq.resume import Resume
-from ptq.saved_units import SavedUnits
+from ptq.stage_inputs import StageInputs
 from ptq.tuning import NoTuning, Scope, Tuning, check_tuning
 from ptq.whole_network import WholeNetworkMethod, quantize_whole
+from ptq.resume import Resume
+from ptq.saved_units import SavedUnits
 
 
 def quantize(
@@ -167,8 +165,7 @@ class _Walk:
         for width in bits.widths():
             grid.check(width, bits.group_size)
         self.adapter, self.method, self.grid, self.bits, self.device = adapter, method, grid, bits, device
-        self.calibration, self.seed, self.redraw = calibration, seed, redraw
-        self.activations = activations
+        self.calibration, self.seed = calibration, seed
         self.tuning = tuning if isinstance(tuning, Tuning) else None
         self.batches = [map_tensors(b, lambda t: t.to(device)) for b in batches]
         self.student = adapter.module.to(device)
@@ -189,7 +186,6 @@ class _Walk:
                 seed=seed,
             )
             self.allocation = self.mixed.layers
-        self.activation_bits = allocate_activations(adapter, self.plan, bits, self.allocation)
         started = time.perf_counter()
         self.budget = budget(adapter, self.batches, self.allocation, bits, grid, seed=seed)
         self.report = Report(skipped=skipped_parameters(adapter, self.plan, self.allocation))
@@ -214,6 +210,18 @@ class _Walk:
         if (distilled or wanted) and self.teacher is None:
             self.example = copy.deepcopy(self.student)
         self.blocks = set(adapter.blocks())
+        self.stage_inputs = StageInputs(
+            adapter=adapter,
+            teacher=self.teacher,
+            batches=self.batches,
+            order=[n for n in self.plan.layers() if self.allocation[n] is not None],
+            bits=allocate_activations(adapter, self.plan, bits, self.allocation),
+            activations=activations,
+            calibration=calibration,
+            redraw=redraw,
+            device=device,
+            seed=seed,
+        )
 
     def run(self, samples: Iterable[tuple[Any, Tensor | None]], progress: bool, resume: Resume) -> Report:
         saved = SavedUnits(resume, self.plan.units, self.student, self.report)
@@ -287,7 +295,16 @@ class _Walk:
             )
             self._tuned(trained)
             self._reestimate()
+        self._remeasure()
         return self.report
+
+    def _remeasure(self) -> None:
+        """Sizes after training: where codes were learned, those of an entropy-coded layer are others."""
+        for layer in self.report.layers if self.wants.blocks or self.wants.network else []:
+            module = self.student.get_submodule(layer.name)
+            assert isinstance(module, QuantizedLayer)
+            grid, codes = module.grid_and_codes()
+            layer.storage_bits = grid.storage_bits(codes)
 
     def _reestimate(self) -> None:
         if isinstance(self.calibration, Calibration) and self.calibration.reestimate_batchnorm:
@@ -367,10 +384,11 @@ class _Walk:
         if not stage:
             return
         started = time.perf_counter()
-        quantizers = self._input_quantizers(unit, stage, inputs)
+        seen = self.stage_inputs
+        quantizers = seen.quantizers(unit, stage, inputs)
         statistics: dict[str, Statistics] = {}
         if isinstance(self.calibration, Calibration):
-            statistics = self._statistics(unit, stage, inputs, quantizers, self.calibration)
+            statistics = seen.statistics(unit, stage, inputs, quantizers)
         self.report.seconds["capture"] += time.perf_counter() - started
         for name in stage:
             started = time.perf_counter()
@@ -380,10 +398,10 @@ class _Walk:
             if self.budget is not None:
                 width = self.budget.ask(name, width)
             W = weight_matrix(layer).float()
-            seen = statistics.get(name)
+            found = statistics.get(name)
             if isinstance(self.calibration, Calibration):
-                assert seen is not None
-                problem = LayerProblem(name, W, seen.H, seen.C, self.calibration.target_damping)
+                assert found is not None
+                problem = LayerProblem(name, W, found.H, found.C, self.calibration.target_damping)
             else:
                 eye = torch.eye(W.shape[-1], dtype=torch.float64, device=W.device)
                 problem = LayerProblem(name, W, eye.expand(W.shape[0], -1, -1))
@@ -394,7 +412,7 @@ class _Walk:
                 raise InputError(f"layer {name!r} {list(W.shape)}: {error}") from error
             if self.budget is not None:
                 self.budget.spend(name, sum(fitted.storage_bits(codes).values()))
-            change = None if seen is None else seen.bias_change(W, fitted.values(codes))
+            change = None if found is None else found.bias_change(W, fitted.values(codes))
             replacement = quantized_layer(layer, fitted, codes, quantizers.get(name), change)
             self._replace(
                 name, layer, replacement, problem, codes, fitted, width, time.perf_counter() - started
@@ -439,122 +457,6 @@ class _Walk:
                 added_bias=layer.bias is None and replacement.bias is not None,
             )
         )
-
-    def _input_quantizers(
-        self, unit: Unit, stage: list[str], inputs: dict[str, list[Call]]
-    ) -> dict[str, ActivationQuantizer]:
-        """The quantizers of a stage's inputs, by layer; layers that share an input share one."""
-        leaders = {n: self._leader(unit, n, stage) for n in stage if self.activation_bits[n] is not None}
-        observers: dict[str, InputObserver] = {}
-        for name in dict.fromkeys(leaders.values()):
-            width = self.activation_bits[name]
-            assert self.activations is not None
-            assert width is not None
-            with _naming(name):
-                observers[name] = InputObserver(self.student.get_submodule(name), self.activations, width)
-        if observers and isinstance(self.calibration, Calibration):
-            for name, x, _ in self._received(unit, list(observers), inputs, self.calibration, paired=False):
-                with _naming(name):
-                    observers[name].add(x)
-        quantizers = {name: observer.quantizer().to(self.device) for name, observer in observers.items()}
-        return {name: quantizers[leader] for name, leader in leaders.items()}
-
-    def _statistics(
-        self,
-        unit: Unit,
-        stage: list[str],
-        inputs: dict[str, list[Call]],
-        quantizers: dict[str, ActivationQuantizer],
-        calibration: Calibration,
-    ) -> dict[str, Statistics]:
-        """Statistics of each layer of a stage, of its inputs as quantized. Linear layers that share an input
-        share them too.
-        """
-        leaders = {name: self._leader(unit, name, stage) for name in stage}
-        accumulators = {
-            name: GramAccumulator(
-                self.student.get_submodule(name),
-                calibration.positions_per_image,
-                self.seed,
-                means=calibration.bias_correction,
-            )
-            for name in dict.fromkeys(leaders.values())
-        }
-        for name, x, x_float in self._received(unit, list(accumulators), inputs, calibration, paired=True):
-            quantizer = quantizers.get(name)
-            if quantizer is None:
-                accumulators[name].add(x, x_float)
-            else:
-                accumulators[name].add(quantizer(x), x_float, wanted=x if x_float is None else x_float)
-        result = {name: accumulator.statistics() for name, accumulator in accumulators.items()}
-        return {name: result[leader] for name, leader in leaders.items()}
-
-    def _received(
-        self,
-        unit: Unit,
-        names: list[str],
-        inputs: dict[str, list[Call]],
-        calibration: Calibration,
-        paired: bool,
-    ) -> Iterator[tuple[str, Tensor, Tensor | None]]:
-        """Name, what the layer receives, and, for target=float_path and `paired`, what it does in the float
-        network; batch by batch.
-        """
-        if calibration.fresh_per_layer:
-            order = [n for n in self.plan.layers() if self.allocation[n] is not None]
-            for name in names:
-                for x in self._fresh_inputs(name, order.index(name)):
-                    yield name, x, None
-            return
-        wanted, role = set(names), "student" if calibration.inputs is Inputs.quantized else "teacher"
-        for index in range(len(self.batches)):
-            float_inputs: dict[str, list[Tensor]] = {}
-            if paired and self.compares:
-                float_inputs = self._layer_inputs("teacher", unit, wanted, inputs, index)
-            for name, tensors in self._layer_inputs(role, unit, wanted, inputs, index).items():
-                pairs = float_inputs[name] if float_inputs else [None] * len(tensors)
-                for x, x_float in zip(tensors, pairs, strict=True):
-                    yield name, x, x_float
-
-    def _fresh_inputs(self, name: str, index: int) -> Iterator[Tensor]:
-        """Inputs of the layer at `index` from samples drawn for it alone, through the float network."""
-        assert self.redraw is not None
-        assert self.teacher is not None
-        layer = self.teacher.get_submodule(name)
-        received: list[Tensor] = []
-        with hooks([layer.register_forward_pre_hook(lambda _, args: received.append(args[0]))]):
-            for batch in self.redraw(index):
-                self.adapter.forward(self.teacher, map_tensors(batch, lambda t: t.to(self.device)))
-                yield from received
-                received.clear()
-
-    def _leader(self, unit: Unit, name: str, stage: list[str]) -> str:
-        """The layer whose statistics serve `name`: the first of the stage that receives the same tensor and
-        quantizes it alike.
-        """
-        if isinstance(self.calibration, Calibration) and self.calibration.fresh_per_layer:
-            return name
-        width = self.activation_bits[name]
-        mates = next(s for s in unit.stages if name in s)
-        return next(n for n in mates if n in stage and self.activation_bits[n] == width)
-
-    def _layer_inputs(
-        self, role: str, unit: Unit, names: set[str], inputs: dict[str, list[Call]], index: int
-    ) -> dict[str, list[Tensor]]:
-        """Inputs that the named layers receive for batch `index` in the float or the quantized network."""
-        module = self.teacher if role == "teacher" else self.student
-        assert module is not None
-        call = inputs[role][index] if unit.replayable and role in inputs else None
-        return layer_inputs(self.adapter, module, unit, names, self.batches[index], call, self.device)
-
-
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Put the layer's name before the message of an InputError."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"layer {name!r}: {error}") from error
 
 
 def _check_finite(module: nn.Module) -> None:
