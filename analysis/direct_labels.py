@@ -93,7 +93,7 @@ def label_points(
     taken += [(frame[0], y - unit, frame[2], y + unit) for y in lines]
     for label in sorted(points, key=lambda label: places[label][1]):
         x, y = places[label]
-        width, height = 0.56 * POINT_SIZE * len(short[label]) * unit, 1.05 * POINT_SIZE * unit
+        width, height = (0.6 * len(short[label]) + 0.5) * POINT_SIZE * unit, 1.05 * POINT_SIZE * unit
         # right of the point, left of it, above, below; the preferred first
         corners = [
             (x + 4.5 * unit, y - height / 2),

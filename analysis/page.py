@@ -30,6 +30,8 @@ from analysis.records import Record, dict_at
 from analysis.tables import split_by_model
 
 TEMPLATE = "page.html.jinja"
+NUMERIC = (*"0123456789–−≤>+-.", "")  # what the text of a number or of a gap begins with
+PIXELS_PER_INCH = 132
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,22 @@ class Grid:
     rows: list[list[Entry]]
     fixed: list[list[Entry]] = field(default_factory=list)
 
+    @property
+    def left(self) -> list[bool]:
+        """Per column whether it holds words, which stand to the left."""
+        return [
+            j == 0 or all(row[j].text[:1] not in NUMERIC for row in self.rows)
+            for j in range(len(self.header))
+        ]
+
+
+@dataclass(frozen=True)
+class Image:
+    """A drawing as a data URI, so that names inside one cannot meet those of another; width in pixels."""
+
+    uri: str
+    width: int
+
 
 @dataclass(frozen=True)
 class Model:
@@ -62,7 +80,7 @@ class Model:
     savings: Grid | None
     savings_title: str
     savings_notes: list[str]
-    figure: str | None  # the error of each layer, as a data URI
+    figure: Image | None  # the error of each layer
     layers: list[tuple[str, Grid]]  # per bits setting
 
 
@@ -127,7 +145,6 @@ def _summary(cells: pd.DataFrame) -> Grid:
     for index, row in cells.iterrows():
         metric = METRICS.get(row["metric"])
         loss = drop(row["metric"], row["mean"], row["float"]) if metric else math.nan
-        unit = "" if metric is None or metric.higher_is_better else " %"
         failed = f", {row['failed']} failed" if row["failed"] else ""
         rows.append(
             [
@@ -136,7 +153,7 @@ def _summary(cells: pd.DataFrame) -> Grid:
                 Entry(row["bits"], row["bits_per_coefficient"]),
                 Entry(_result(metric, row["mean"], row["n"]), row["mean"], index in best),
                 Entry(_result(metric, row["float"]), row["float"]),
-                Entry(_number(loss, ".2f") + (unit if math.isfinite(loss) else ""), loss),
+                Entry(paper_table.drop_text(row["metric"], loss), loss),
                 Entry(_number(row["bits_per_coefficient"], ".3f"), row["bits_per_coefficient"]),
                 Entry(_number(row["model_bits_per_coefficient"], ".3f"), row["model_bits_per_coefficient"]),
                 Entry(paper_table.seconds_text(row["solve_seconds"]), row["solve_seconds"]),
@@ -252,9 +269,11 @@ def _number(value: float, form: str) -> str:
     return f"{value:{form}}".replace("-", "−") if math.isfinite(value) else MISSING
 
 
-def _svg(figure: Figure) -> str:
-    """The figure as a data URI, so that names inside one drawing cannot meet those of another."""
+def _svg(figure: Figure) -> Image:
     buffer = io.BytesIO()
-    with mpl.rc_context(fname=STYLE):
+    with mpl.rc_context(
+        {**mpl.rc_params_from_file(STYLE, use_default_template=False), "svg.hashsalt": "ptq"}
+    ):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    uri = f"data:image/svg+xml;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return Image(uri, round(PIXELS_PER_INCH * figure.get_figwidth()))

@@ -127,10 +127,10 @@ def _entries(row: Any, several: bool) -> list[str]:
         row["method"],
         row["paper"] if several else "",
         _result(metric, row["published"]) if printed else "",
-        _drop(metric, row["published_drop"]),
+        drop_text(metric, row["published_drop"]),
         " · ".join(filter(None, [row["run"], variant])) if run else "not run",
         ours,
-        _drop(metric, row["drop"]),
+        drop_text(metric, row["drop"]),
         _signed(row["difference"]),
         _signed(row["drop_difference"]),
         f"{row['bits_per_coefficient']:.2f}" if math.isfinite(row["bits_per_coefficient"]) else MISSING,
@@ -159,7 +159,8 @@ def _result(metric: str, value: float) -> str:
     return METRICS[metric].format(value) if metric in METRICS else f"{value:+.2f}"
 
 
-def _drop(metric: str, value: float) -> str:
+def drop_text(metric: str, value: float) -> str:
+    """Points, or per cent of a perplexity."""
     if not math.isfinite(value):
         return MISSING
     if metric == "perplexity":
@@ -178,9 +179,11 @@ def _plain(text: str) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """Seconds, minutes or hours, two digits or so."""
+    """From milliseconds to hours, two digits or so."""
     if not math.isfinite(seconds):
         return MISSING
+    if seconds < 0.0995:
+        return f"{1000 * seconds:.0f} ms"
     if seconds < 99.5:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"

@@ -116,7 +116,7 @@ def write_report(
     if html:
         from analysis.page import page  # here, so that only a page pays for what commands are made from
 
-        content = page(folder.resolve().name, found, cells, savings, drawn, warnings, rows)
+        content = page(dirs[0].resolve().name, found, cells, savings, drawn, warnings, rows)
         paths.append(write_text(folder / "report.html", content))
     return Report(table, paths, found.problems, warnings, found.duplicates, beside)
 

@@ -75,7 +75,7 @@ def draw_times(points: pd.DataFrame, settings: Sequence[str], labels: Sequence[s
                     axis.remove()
                     continue
                 panel = block[block["bits"] == strip[column]]
-                _draw_panel(axis, panel, labels, named=column == 0)
+                _draw_panel(axis, panel, labels, named=column == 0, margin=0.2 if direct else 0.1)
                 axis.set_title(f"{title} · {strip[column]}" if column == 0 else strip[column], loc="left")
                 if row == len(rows) - 1:
                     axis.set_xlabel(X_LABEL)
@@ -90,7 +90,9 @@ def draw_times(points: pd.DataFrame, settings: Sequence[str], labels: Sequence[s
     return figure
 
 
-def _draw_panel(axis: Axes, panel: pd.DataFrame, labels: Sequence[str], named: bool) -> None:
+def _draw_panel(
+    axis: Axes, panel: pd.DataFrame, labels: Sequence[str], *, named: bool, margin: float
+) -> None:
     metric = block_metric(panel)
     assert metric is not None
     front = panel[panel["pareto"]].sort_values(SECONDS)
@@ -102,7 +104,7 @@ def _draw_panel(axis: Axes, panel: pd.DataFrame, labels: Sequence[str], named: b
         axis.errorbar(cell[SECONDS], cell["mean"], yerr=spread, elinewidth=0.9, **options)
     reached = pd.concat([panel["mean"], panel["float"]])
     scale = result_axis(axis, metric, reached[np.isfinite(reached)])
-    log_axis(axis, panel[SECONDS], margin=0.12, which="x")
+    log_axis(axis, panel[SECONDS], margin=margin, which="x")
     if named:
         axis.set_ylabel(f"{metric.title}, {metric.direction}{scale}")
     elif scale:
