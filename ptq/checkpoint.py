@@ -89,7 +89,7 @@ def load(directory: Path | str, module: nn.Module | None = None) -> nn.Module:
         try:
             replaced = module.get_submodule(name)
             assert isinstance(replaced, QuantizedLayer)
-            if "decode_once" in replaced.facts:
+            if coded(replaced.facts):
                 replaced.grid_and_codes()
         except InputError as error:
             raise InputError(f"{directory}: layer {name!r}: {error}") from error
@@ -140,6 +140,13 @@ def _input_quantizer(
         return None
     own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
     return ActivationQuantizer.from_storage(own, facts)
+
+
+def coded(facts: dict[str, Any]) -> bool:
+    """Whether a layer's codes are a stream that can be damaged: its facts, or those of a grid in it, hold a
+    checksum.
+    """
+    return "checksum" in facts or any(coded(f) for f in facts.values() if isinstance(f, dict))
 
 
 def quantized_bytes(directory: Path | str) -> int:

@@ -5,33 +5,35 @@ error of one at its output costs the network w. Least Σ w_l D_l for a given Σ 
 all sources after they are multiplied by their w_l (reverse water-filling; Cover and Thomas, Theorem 10.3.3):
 the slope of every layer's w D is then the same. Practical codes lie about a quarter of a bit above the limit
 at every rate, which leaves the slopes as they are.
-w for `network_loss`: KL(float ‖ quantized) of the predictions is, to second order, ½ E[(gᵀ Δy)²] with g the
-gradient of the log-likelihood of a label drawn from the float prediction (Fisher information). With errors
-uncorrelated between positions and outputs that is ½ w D, w being the mean square of g over the outputs,
-summed over the positions of a sample.
-Shapes: H [groups, in, in]; the gradients' squares [out of all groups].
+w for `network_loss`: to second order KL(float ‖ quantized) of the predictions is ½ E[⟨G, Ŵ − W⟩²], where G is
+the gradient, for one sample, of the log-likelihood of a label drawn from the float prediction (Fisher
+information). G is summed over positions first: the error of a weight is the same at all of them and adds up
+behind a global pooling. Errors of rows are taken as independent, with the covariance D / in · H⁻¹ that error
+feedback leaves, and the loss is ½ w D with w = E Σ_r G_r H⁻¹ G_rᵀ / (in · out).
+Shapes: H, F [groups, in, in]; X [groups, tokens, in]; G [groups, samples, tokens, out].
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ptq.allocation import Allocation, Bits
-from ptq.calibration import Calibration, GramAccumulator, NoCalibration
+from ptq.calibration import Calibration, NoCalibration
 from ptq.errors import InputError
-from ptq.layers import weight_matrix
+from ptq.layers import input_matrix, weight_matrix, weight_order
 from ptq.limit import GaussianLimit
 from ptq.methods.method import GridSpec, RatedGridSpec
 from ptq.models.adapter import ModelAdapter
 from ptq.plan import Call, first_tensor, hooks
 
 LOWEST_RATE = 0.02  # bits: below it a stream's own bytes weigh more than its codes
-POSITIONS = 64  # of an image's positions that enter a layer's Gram here
+DAMPING = 0.03  # of H, as a fraction of its mean diagonal: errors are not larger than the weights themselves
 PART = 16  # samples of one pass with gradients
 BISECTIONS = 80
 
@@ -149,22 +151,18 @@ def measure(
 ) -> dict[str, Source]:
     """Each layer's source, on the float network's inputs for the first `samples` of `batches`."""
     layers = {name: adapter.module.get_submodule(name) for name in names}
-    accumulators = {n: GramAccumulator(layer, POSITIONS, seed) for n, layer in layers.items()}
-    squares = dict.fromkeys(names, 0.0)
+    statistics = {name: _Statistics(layer) for name, layer in layers.items()}
     generator = torch.Generator().manual_seed(seed)
     probe = torch.zeros((), requires_grad=True)
+    by_loss = allocation is Allocation.network_loss
 
     def hook(name: str) -> Callable[..., Tensor | None]:
-        def receive(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            accumulators[name].add(args[0])
-            if allocation is not Allocation.network_loss:
+        def receive(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            X = statistics[name].add_inputs(args[0].detach())
+            if not by_loss:
                 return None
             with_gradient = output + probe.to(output)
-
-            def add(gradient: Tensor) -> None:
-                squares[name] += float(gradient.double().square().sum())
-
-            with_gradient.register_hook(add)
+            with_gradient.register_hook(partial(statistics[name].add_gradients, X))
             return with_gradient
 
         return receive
@@ -173,7 +171,9 @@ def measure(
     with hooks(layer.register_forward_hook(hook(name)) for name, layer in layers.items()):
         for part in _parts(batches, samples):
             seen += _count(part)
-            if allocation is Allocation.network_loss:
+            for statistic in statistics.values():
+                statistic.samples = _count(part)
+            if by_loss:
                 with torch.enable_grad():
                     loss = _drawn_loss(adapter.forward(adapter.module, part), generator)
                     torch.autograd.grad(loss, probe)
@@ -181,13 +181,68 @@ def measure(
                 adapter.forward(adapter.module, part)
     sources = {}
     for name, layer in layers.items():
-        limit = GaussianLimit(accumulators[name].gram(), weight_matrix(layer).float())
+        limit = GaussianLimit(statistics[name].gram(), weight_matrix(layer).float())
         weight = 1 / limit.energy if limit.energy > 0 else 0.0
-        if allocation is Allocation.network_loss:
-            W = weight_matrix(layer)
-            weight = squares[name] / (seen * W.shape[0] * W.shape[1])
+        if by_loss:
+            weight = statistics[name].weight() / seen
         sources[name] = Source(limit=limit, weight=weight)
     return sources
+
+
+class _Statistics:
+    """Sums over what a layer receives and over the gradients of its weight, sample by sample."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
+        self.order = weight_order(layer)
+        self.samples = 1  # of the pass that is under way
+        self.tokens = 0
+        self.H: Tensor | None = None  # Σ x xᵀ, [groups, in, in] float64
+        self.F: Tensor | None = None  # Σ over samples and rows of gᵀ g, g a row of a sample's gradient
+
+    def add_inputs(self, x: Tensor) -> Tensor:
+        """The layer's inputs as [groups, tokens, in], once they are counted."""
+        X = input_matrix(self.layer, x.float())
+        self.tokens += X.shape[1]
+        product = (X.mT @ X).double()
+        self.H = product if self.H is None else self.H + product
+        return X
+
+    def add_gradients(self, X: Tensor, gradient: Tensor) -> None:
+        groups = X.shape[0]
+        if isinstance(self.layer, nn.Conv2d):
+            gradient = gradient.movedim(1, -1)  # [samples, height, width, out]
+        G = gradient.float().reshape(self.samples, -1, groups, gradient.shape[-1] // groups)
+        G = G.permute(2, 0, 1, 3)  # [groups, samples, tokens, out]
+        X = X.reshape(groups, self.samples, -1, X.shape[-1])
+        if G.shape[2] < G.shape[3]:  # fewer tokens than rows: the gradient itself would be larger
+            product = (X.mT @ (G @ G.mT) @ X).sum(1).double()
+        else:
+            rows = (G.mT @ X).flatten(1, 2)  # [groups, samples · out, in]
+            product = (rows.mT @ rows).double()
+        self.F = product if self.F is None else self.F + product
+
+    def gram(self) -> Tensor:
+        """H [groups, in, in], inputs in the order of the weights."""
+        assert self.H is not None
+        H = self.H / max(1, self.tokens)
+        return H if self.order is None else H[:, self.order][:, :, self.order]
+
+    def weight(self) -> float:
+        """Σ tr(F (H + d I)⁻¹) / (in · out): what an error of one at the output costs, on average over errors
+        that error feedback leaves, whose covariance is about (H + d I)⁻¹ for every row.
+        """
+        assert self.H is not None
+        if self.F is None:
+            return 0.0
+        H = self.H / max(1, self.tokens)
+        mean = H.diagonal(dim1=-2, dim2=-1).mean(-1)
+        damped = H + torch.diag_embed((DAMPING * mean).clamp_min(1e-30)[:, None].expand(H.shape[:2]))
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if bool(failed.any()):
+            raise InputError("the inputs' statistics are not positive definite; use more calibration samples")
+        traces = torch.cholesky_solve(self.F, factor).diagonal(dim1=-2, dim2=-1).sum(-1)
+        return float(traces.sum()) / weight_matrix(self.layer).numel()
 
 
 def _parts(batches: list[Any], samples: int) -> list[Any]:

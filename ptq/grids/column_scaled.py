@@ -95,6 +95,8 @@ class ColumnScaled:
             "column_exponent": exponent,
             "inner": inner,
         }
+        if "decode_once" in inner:
+            facts["decode_once"] = True
         return {**tensors, "column_scale": column_scale}, facts
 
     @classmethod

@@ -25,6 +25,7 @@ from ptq.allocation import Allocation
 from ptq.errors import InputError
 from ptq.grids.affine import normal_equations
 from ptq.grids.grid import check_group_size
+from ptq.grids.row_scaled import RowScaled
 from ptq.problem import LayerProblem
 from ptq.solvers.error_feedback import prepare
 from ptq.storage import pack_parameter, unpack_parameter
@@ -40,11 +41,26 @@ class Steps(Enum):
     columns = "columns"  # `group_size` inputs (one without it), inverse to their weight in the output
 
 
+class Rows(Enum):
+    """What a row's own scale is, on top of the steps."""
+
+    equal = "equal"  # there is none
+    largest = "largest"  # the row's largest magnitude, in 16 bits
+
+
+class Decode(Enum):
+    """When a layer's codes are read from the stream."""
+
+    at_load = "at_load"  # once: codes are kept in memory
+    at_forward = "at_forward"  # in every forward pass: the stream alone is kept
+
+
 @dataclass(kw_only=True, slots=True)
 class Entropy:
     """How to choose the steps of an entropy grid for a target of `bits` stored bits per weight."""
 
     steps: Steps
+    rows: Rows
     octave_parts: int  # a unit's step is the layer's times 2^(k / octave_parts); 4 costs 0.004 bit
     act_order: bool  # for steps=columns: as in the error feedback that is to follow
     damping: float  # likewise, of H, as a fraction of its mean diagonal
@@ -54,6 +70,7 @@ class Entropy:
     allocation: Allocation  # of the target over the layers: see ptq/rate_allocation.py
     allocation_samples: int  # calibration samples that layers are measured on for it
     parameter_bits: int  # of the layer's step: 16 or 32
+    decode: Decode
 
     def __post_init__(self) -> None:
         if self.parameter_bits not in (16, 32):
@@ -80,6 +97,19 @@ class Entropy:
             )
 
     def fit(
+        self, W: Tensor, bits: float, group_size: int | None = None, H: Tensor | None = None
+    ) -> EntropyGrid | RowScaled:
+        """Grid for W [groups, out, in] at about `bits`; H [groups, in, in] shapes steps=columns."""
+        self.check(bits, group_size)
+        if self.rows is Rows.largest:
+            largest = W.abs().amax(-1, keepdim=True)
+            largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+            row_scale = unpack_parameter(*pack_parameter(largest, 16)).to(W)
+            inner = self.fit_steps(W / row_scale, bits, group_size, H)
+            return RowScaled(inner=inner, row_scale=row_scale, row_bits=16)
+        return self.fit_steps(W, bits, group_size, H)
+
+    def fit_steps(
         self,
         W: Tensor,
         bits: float,
@@ -87,12 +117,9 @@ class Entropy:
         H: Tensor | None = None,
         weight: Tensor | None = None,
     ) -> EntropyGrid:
-        """Grid for W [groups, out, in] at about `bits`; H [groups, in, in] shapes steps=columns.
-
-        `weight` [groups, in] is what H says of each input in the error feedback that is to follow
-        (`Feedback.weight`), where it is known already.
+        """The grid without row scales. `weight` [groups, in] is what H says of each input in the error
+        feedback that is to follow (`Feedback.weight`), where it is known already.
         """
-        self.check(bits, group_size)
         dead = torch.zeros(W.shape[0], W.shape[-1], dtype=torch.bool, device=W.device)
         if H is not None and self.zero_dead:
             diagonal = H.diagonal(dim1=-2, dim2=-1)
@@ -106,16 +133,15 @@ class Entropy:
             unit_size=size,
             code_max=2**15 - 1,
             parameter_bits=self.parameter_bits,
+            decode_once=self.decode is Decode.at_load,
         )
         return grid.with_step(_step_for(W.abs() / grid.columns().to(W.dtype)[:, None], bits)).reaching(W)
 
     def size(self, W: Tensor, bits: float, group_size: int | None = None) -> dict[str, int]:
         """Bits that W is meant to take, {"codes", "parameters"}: the target, which the rate search meets."""
         self.check(bits, group_size)
-        return {
-            "codes": max(0, round(bits * W.numel()) - self.parameter_bits),
-            "parameters": self.parameter_bits,
-        }
+        parameters = self.parameter_bits + (0 if self.rows is Rows.equal else 16 * W.shape[0] * W.shape[1])
+        return {"codes": max(0, round(bits * W.numel()) - parameters), "parameters": parameters}
 
     def _octaves(self, W: Tensor, H: Tensor | None, size: int, weight: Tensor | None) -> Tensor:
         """k of each unit, [groups, units]: its step over the layer's is 2^(k / octave_parts)."""
@@ -166,6 +192,7 @@ class EntropyGrid:
     unit_size: int  # inputs of a unit
     code_max: int  # not a clipping range: how far the integer type reaches
     parameter_bits: int
+    decode_once: bool
 
     @property
     def code_min(self) -> int:
@@ -271,8 +298,9 @@ class EntropyGrid:
             "parameter_bits": self.parameter_bits,
             "step_exponent": exponent,
             "checksum": zlib.crc32(stream),
-            "decode_once": True,
         }
+        if self.decode_once:
+            facts["decode_once"] = True
         return tensors, facts
 
     @classmethod
@@ -297,6 +325,7 @@ class EntropyGrid:
             unit_size=int(facts["unit_size"]),
             code_max=int(facts["code_max"]),
             parameter_bits=int(facts["parameter_bits"]),
+            decode_once="decode_once" in facts,
         )
         dtype = torch.int16 if grid.code_max < 2**15 else torch.int32
         return grid, torch.from_numpy(matrix).to(dtype).reshape(shape).to(device)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ptq.errors import InputError
-from ptq.grids.entropy import Entropy, EntropyGrid
+from ptq.grids.entropy import Entropy, EntropyGrid, Rows
 from ptq.grids.grid import Grid
 from ptq.methods.method import GridSpec
 from ptq.problem import LayerProblem
@@ -53,10 +53,10 @@ class WaterSIC:
 
     def check_grid(self, grid: GridSpec) -> None:
         """Refuse grids of fixed width."""
-        if not isinstance(grid, Entropy):
+        if not isinstance(grid, Entropy) or grid.rows is not Rows.equal:
             raise InputError(
-                f"WaterSIC moves its step freely and has no range; {type(grid).__name__} has one: "
-                "use grid=entropy_columns or grid=entropy, or method=gptq on this grid"
+                f"WaterSIC moves its step freely and has neither range nor row scales; {type(grid).__name__} "
+                "has one: use grid=entropy_columns or grid=entropy, or method=gptq on this grid"
             )
 
     def quantize_layer(
@@ -71,7 +71,7 @@ class WaterSIC:
         target = problem
         feedback = prepare(problem, damping=self.damping, act_order=self.act_order)
         if self.ridge > 0:
-            fitted = grid.fit(problem.T, bits, group_size, problem.H, feedback.weight())
+            fitted = grid.fit_steps(problem.T, bits, group_size, problem.H, feedback.weight())
             target = ridged(problem, self.ridge * float(cell(fitted, feedback)) / 12, self.damping)
             feedback = prepare(target, damping=self.damping, act_order=self.act_order)
         return partial(self._trial, problem, target, grid, group_size, feedback)
@@ -86,7 +86,7 @@ class WaterSIC:
         bits: float,
     ) -> tuple[Tensor, Grid]:
         # the grid's steps are those of this error feedback
-        fitted = grid.fit(target.T, bits, group_size, target.H, feedback.weight())
+        fitted = grid.fit_steps(target.T, bits, group_size, target.H, feedback.weight())
         codes, _ = error_feedback(target, fitted, feedback)
         if self.sweeps:
             weight = self.rate_weight * SLOPE * float(cell(fitted, feedback))
