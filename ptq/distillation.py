@@ -23,6 +23,7 @@ from ptq.errors import InputError
 from ptq.models.adapter import ModelAdapter
 from ptq.models.graph import ScaleGraph
 from ptq.report import TuningReport
+from ptq.resume import Resume
 
 CURVE_POINTS = 100  # means of the loss kept for the record
 TINY = 1e-12  # added to a norm that is divided by
@@ -102,6 +103,7 @@ def distill(
     images: Tensor,
     groups: list[dict[str, Any]],
     settings: Distillation,
+    resume: Resume,
 ) -> TuningReport:
     """Train the parameters of `groups` (each with its rate "lr") of `adapter.module` on `images`."""
     started = time.perf_counter()
@@ -133,18 +135,24 @@ def distill(
         return total / len(validation)
 
     parameters = [p for group in groups for p in group["params"]]
-    first = best = validate()
-    kept, steps = _copies(parameters), 0
-    losses: list[float] = []
+    run = _Run(parameters, validate())
     if parameters:
         optimizer = torch.optim.Adam(groups)
         rates = [group["lr"] for group in optimizer.param_groups]
+        run.load(resume.load("epochs"), optimizer, generator)
         total = settings.epochs * math.ceil(len(training) / settings.batch_size)
-        bar = tqdm(total=total, desc="train network", unit="step", disable=not settings.progress, delay=1)
-        for _ in range(settings.epochs):
+        bar = tqdm(
+            total=total,
+            initial=len(run.losses),
+            desc="train network",
+            unit="step",
+            disable=not settings.progress,
+            delay=1,
+        )
+        for epoch in range(run.epoch, settings.epochs):
             shuffled = training[torch.randperm(len(training), generator=generator)]
             for index in shuffled.split(settings.batch_size):
-                factor = (1 + math.cos(math.pi * (steps / total * settings.cycles % 1))) / 2
+                factor = (1 + math.cos(math.pi * (len(run.losses) / total * settings.cycles % 1))) / 2
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * factor
                 batch, targets = images[index], [w[index] for w in wanted]
@@ -157,30 +165,73 @@ def distill(
                     value = loss(batch, targets)
                     value.backward()
                 optimizer.step()
-                losses.append(float(value.detach()))
-                steps += 1
+                run.losses.append(float(value.detach()))
                 bar.update()
-                bar.set_postfix(loss=f"{losses[-1]:.4g}", best=f"{best:.4g}", refresh=False)
-            now = validate()
-            if now < best:  # false for NaN
-                best, kept = now, _copies(parameters)
-            if not math.isfinite(losses[-1]):
+                bar.set_postfix(loss=f"{run.losses[-1]:.4g}", best=f"{run.best:.4g}", refresh=False)
+            run.finish_epoch(epoch, validate())
+            if not math.isfinite(run.losses[-1]):
                 break
+            resume.save("epochs", lambda: run.state(optimizer, generator))
         bar.close()
-        with torch.no_grad():
-            for p, value in zip(parameters, kept, strict=True):
-                p.copy_(value)
+        run.restore_best()
     student.close()
     example.close()
     return TuningReport(
         unit="network",
-        loss_before=first,
-        loss_after=best,
-        kept=best < first,
-        steps=steps,
+        loss_before=run.first,
+        loss_after=run.best,
+        kept=run.best < run.first,
+        steps=len(run.losses),
         seconds=time.perf_counter() - started,
-        losses=_curve(losses),
+        losses=_curve(run.losses),
     )
+
+
+class _Run:
+    """How far training is, and the parameters that did best so far."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], first: float) -> None:
+        self.parameters, self.first, self.best = parameters, first, first
+        self.kept = _copies(parameters)
+        self.epoch = 0  # the next one
+        self.losses: list[float] = []  # of each step
+
+    def finish_epoch(self, epoch: int, loss: float) -> None:
+        self.epoch = epoch + 1
+        if loss < self.best:  # false for NaN
+            self.best, self.kept = loss, _copies(self.parameters)
+
+    def restore_best(self) -> None:
+        with torch.no_grad():
+            for p, value in zip(self.parameters, self.kept, strict=True):
+                p.copy_(value)
+
+    def state(self, optimizer: torch.optim.Optimizer, generator: torch.Generator) -> dict[str, Any]:
+        return {
+            "epoch": self.epoch,
+            "first": self.first,
+            "best": self.best,
+            "kept": self.kept,
+            "losses": self.losses,
+            "parameters": _copies(self.parameters),
+            "optimizer": optimizer.state_dict(),
+            "generator": generator.get_state(),
+        }
+
+    def load(
+        self, state: dict[str, Any] | None, optimizer: torch.optim.Optimizer, generator: torch.Generator
+    ) -> None:
+        """Go on from what an interrupted run kept, if anything."""
+        if state is None:
+            return
+        self.epoch, self.first, self.best = state["epoch"], state["first"], state["best"]
+        self.losses = state["losses"]
+        self.kept = [t.to(p.device) for t, p in zip(state["kept"], self.parameters, strict=True)]
+        with torch.no_grad():
+            for p, value in zip(self.parameters, state["parameters"], strict=True):
+                p.copy_(value)
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
 
 
 def moved(images: Tensor, settings: Distillation, generator: torch.Generator) -> Tensor:

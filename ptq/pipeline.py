@@ -45,11 +45,11 @@ from ptq.problem import LayerProblem
 from ptq.rate import quantize_to_rate
 from ptq.rate_allocation import budget, check_allocation
 from ptq.report import LayerReport, Report, TuningReport
+from ptq.resume import Resume
+from ptq.saved_units import SavedUnits
 from ptq.stage_inputs import StageInputs
 from ptq.tuning import NoTuning, Scope, Tuning, check_tuning
 from ptq.whole_network import WholeNetworkMethod, quantize_whole
-from ptq.resume import Resume
-from ptq.saved_units import SavedUnits
 
 
 def quantize(
@@ -92,6 +92,7 @@ def quantize(
                 device=device,
                 seed=seed,
                 progress=progress,
+                resume=(resume or Resume()).within("start"),
             )
 
         return quantize_whole(
@@ -107,6 +108,7 @@ def quantize(
             device=torch.device(device),
             seed=seed,
             progress=progress,
+            resume=resume or Resume(),
         )
     with torch.no_grad():
         walk = _Walk(

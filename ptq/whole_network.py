@@ -27,6 +27,7 @@ from ptq.observers import Activations, check_activations
 from ptq.plan import Plan, allocate, allocate_activations, skipped_parameters, trace
 from ptq.preparation import folded_graph
 from ptq.report import LayerReport, Report, TuningReport
+from ptq.resume import Resume
 from ptq.tuning import NoTuning, Tuning
 
 
@@ -44,6 +45,7 @@ class NetworkProblem:
     start: dict[str, QuantizedLayer]  # what the method's `start` made of the layers; empty without
     seed: int
     progress: bool
+    resume: Resume
 
 
 @dataclass(kw_only=True)
@@ -111,6 +113,7 @@ def quantize_whole(
     device: torch.device,
     seed: int,
     progress: bool,
+    resume: Resume,
 ) -> Report:
     """Quantize `adapter.module` in place by `method`. `solve` runs a layer-wise method on another adapter,
     weights only.
@@ -156,6 +159,7 @@ def quantize_whole(
         start=start,
         seed=seed,
         progress=progress,
+        resume=resume.within("network"),
     )
     solution = method.quantize_network(problem)
     report.seconds["solve"] = time.perf_counter() - started - solution.tuning.seconds

@@ -197,7 +197,8 @@ class QFT:
             progress=problem.progress,
         )
         groups = self._parameters(list(layers.values()))
-        report = distill(problem.adapter, teacher, graph, torch.cat(problem.batches), groups, settings)
+        images = torch.cat(problem.batches)
+        report = distill(problem.adapter, teacher, graph, images, groups, settings, problem.resume)
         errors = _relative_errors(problem, teacher, layers)
         clipped = {name: layer.clipped_fraction() for name, layer in layers.items()}
         scales = next(iter(layers.values())).shared[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ptq.models.networks import CifarResNetModule, DigitsResNetModule, DigitsViT
 from ptq.plan import trace
 from ptq.preparation import folded_graph, rescale
 from ptq.rescaled_layers import RescaledLayer
+from ptq.resume import Resume, Store
 from ptq.runner import run
 from ptq.whole_network import NetworkProblem, check_whole
 from tests.test_preparation import adapter_of, trained
@@ -82,6 +84,7 @@ def problem_of(
         start={},
         seed=0,
         progress=False,
+        resume=Resume(),
     )
 
 
@@ -233,6 +236,36 @@ def test_the_same_seed_gives_the_same_network() -> None:
     module, batches = network("resnet")
     first, second = (quantized(module, batches, flip=True, shift=1)[0] for _ in range(2))
     assert torch.equal(first(batches[0]), second(batches[0]))
+
+
+def test_an_interrupted_training_goes_on(choice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    method = choice("method", "qft", epochs=4, batch_size=16, flip=True)
+
+    def solved(resume: Resume) -> tuple[Tensor, list[float]]:
+        module, batches = network("depthwise")
+        problem = replace(problem_of(module, batches), resume=resume)
+        with torch.no_grad():
+            losses = method.quantize_network(problem).tuning.losses
+        return module(batches[0]), losses
+
+    def store() -> Resume:
+        return Resume(Store(tmp_path / "work", {"job": 1}, 0.0, lambda: 0))
+
+    whole, losses = solved(Resume())
+    save = Resume.save
+
+    def interrupted(self: Resume, key: str, state: Any) -> None:
+        save(self, key, state)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Resume, "save", interrupted)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            solved(store())
+    monkeypatch.setattr(Resume, "save", save)
+    again, losses_again = solved(store())
+    assert losses_again == losses
+    assert torch.equal(again, whole)
 
 
 def test_a_start_is_taken_over() -> None:
