@@ -171,10 +171,27 @@ def test_dry_run_says_what_would_happen_and_writes_nothing(
     assert f"{record['bits_per_coefficient']['total']:.4f} bits per coefficient" in said
     for layer in record["layers"]:
         assert layer["name"] in said
+        assert layer["activation"] is None
     assert "memory to expect" in said
     assert "time to expect" in said
     with pytest.raises(InputError):
         run(config(tmp_path, "dry_run=true", "bits.weight=17"), CHOICES)
+
+
+def test_widths_of_inputs_in_dry_run_and_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(config(tmp_path, "dry_run=true", "bits=w4a4_ends8"), {**CHOICES, "bits": "w4a4_ends8"})
+    said = capsys.readouterr().out
+    record = run(config(tmp_path, "bits=w4a4_ends8"), {**CHOICES, "bits": "w4a4_ends8"})
+    widths = [layer["activation"]["bits"] for layer in record["layers"]]
+    assert widths == [8, *[4] * (len(widths) - 2), 8]
+    for layer in record["layers"]:
+        (line,) = [one.split() for one in said.splitlines() if one.startswith(f"{layer['name']} ")]
+        assert line[-3:-1] == [f"{layer['bits']:g}", str(layer["activation"]["bits"])]
+    assert "float" not in said.split("quantized:")[0]
+    wrong = config(tmp_path, "dry_run=true", "bits=w4a4")
+    wrong.calibration = {"_target_": "ptq.calibration.NoCalibration"}
+    with pytest.raises(InputError, match="takes its ranges from data"):
+        run(wrong, CHOICES)
 
 
 def test_config_hash_ignores_what_cannot_change_the_result() -> None:
