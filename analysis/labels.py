@@ -31,6 +31,8 @@ IN_THE_LABELS = {
     "choices.bits",
     "choices.tracker",
     "bits.weight",
+    "bits.activation",
+    "bits.activation_first_last",
     "bits.group_size",
     "bits.first_last",
 }
@@ -39,16 +41,24 @@ UNSET = "unset"
 
 
 def bits_label(bits: dict[str, Any]) -> str:
-    """`W3`, `W3 g128`, `W3 · 8-bit ends`: the nominal setting, as a column is called."""
-    weight, variant = bits.get("weight"), bits_variant(bits)
-    label = f"W{plain(weight)}" if weight is not None else "W?"
-    if variant.startswith("g"):
-        return f"{label} {variant}"
-    return f"{label} · {variant}" if variant else label
+    """`W3`, `W4A8`, `W3 g128`, `W3 · 8-bit ends`: the nominal setting, as a column is called."""
+    weight, exceptions = bits.get("weight"), _groups_and_ends(bits)
+    label = (f"W{plain(weight)}" if weight is not None else "W?") + _activation(bits)
+    if exceptions.startswith("g"):
+        return f"{label} {exceptions}"
+    return f"{label} · {exceptions}" if exceptions else label
 
 
 def bits_variant(bits: dict[str, Any]) -> str:
-    """What is left of the label without the width: `g128`, `8-bit ends`, `g128 · 8-bit ends` or nothing."""
+    """What is left of the label without the width: `g128`, `8-bit ends`, `A8 · g128` or nothing."""
+    return " · ".join(filter(None, [_activation(bits), _groups_and_ends(bits)]))
+
+
+def _activation(bits: dict[str, Any]) -> str:
+    return f"A{plain(bits['activation'])}" if bits.get("activation") is not None else ""
+
+
+def _groups_and_ends(bits: dict[str, Any]) -> str:
     parts = []
     if bits.get("group_size") is not None:
         parts.append(f"g{plain(bits['group_size'])}")

@@ -18,6 +18,7 @@ KNOWN_METHODS = (
     "comq",
     "decoupleq",
     "ptnq",
+    "ptnq_affine",
     "adaround",
     "brecq",
     "qdrop",

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.names import METRICS, MISSING, format_perplexity
+from analysis.paper_drops import drop_tables, only_other_models
 from analysis.tables import latex_escape, markdown_rows
 
 NOTE = (
@@ -40,6 +41,8 @@ ALWAYS = ("setting", "our run")  # columns that stay although a block leaves the
 def markdown(rows: pd.DataFrame, paper: str) -> str:
     """All blocks; `rows` come from `compare.compare`."""
     parts = [f"## Published numbers beside ours: {paper}"]
+    for title, table in drop_tables(rows):
+        parts += [f"### {title}", markdown_rows(table)]
     for title, table, lines in blocks(rows):
         notes = [f"- {line}" for line in lines]
         parts += [f"### {title}", markdown_rows(table), *(["\n".join(notes)] if notes else [])]
@@ -54,28 +57,38 @@ def blocks(rows: pd.DataFrame) -> list[tuple[str, list[list[str]], list[str]]]:
 def latex(rows: pd.DataFrame, paper: str) -> str:
     """A booktabs tabular per block: blocks have different columns."""
     lines = [f"% Published numbers beside ours: {paper}; needs \\usepackage{{booktabs}}", f"% {NOTE}"]
+    for title, table in drop_tables(rows):
+        lines += _tabular(title, table)
     for marked, block in _blocks(rows):
-        title = marked.replace("`", "")
-        header, *body = [[latex_escape(text) for text in row] for row in _table(block)]
-        lines += [
-            "",
-            f"% {title}",
-            f"\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
-            "\\toprule",
-            f"\\multicolumn{{{len(header)}}}{{l}}{{\\textbf{{{latex_escape(title)}}}}} \\\\",
-            f"{' & '.join(header)} \\\\",
-            "\\midrule",
-            *(f"{' & '.join(entries)} \\\\" for entries in body),
-            "\\bottomrule",
-            "\\end{tabular}",
-        ]
+        lines += _tabular(marked.replace("`", ""), _table(block))
         lines += [f"% {line}" for line in _notes(block)]
     return "\n".join(lines) + "\n"
 
 
+def _tabular(title: str, table: list[list[str]]) -> list[str]:
+    header, *body = [[latex_escape(text) for text in row] for row in table]
+    return [
+        "",
+        f"% {title}",
+        f"\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
+        "\\toprule",
+        f"\\multicolumn{{{len(header)}}}{{l}}{{\\textbf{{{latex_escape(title)}}}}} \\\\",
+        f"{' & '.join(header)} \\\\",
+        "\\midrule",
+        *(f"{' & '.join(entries)} \\\\" for entries in body),
+        "\\bottomrule",
+        "\\end{tabular}",
+    ]
+
+
 def _blocks(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """(title, rows) per model and metric, those with a run of ours first."""
+    """(title, rows) per model and metric, those with a run of ours first.
+
+    The paper's models are left out where all runs are of others: `drop_tables` has their drops.
+    """
     found = []
+    if only_other_models(rows):
+        rows = rows[rows["run"] != ""]
     for (model, metric), block in rows.groupby(["model", "metric"], sort=False):
         ours = next((f" (`{name}`)" for name in block["ours"] if name), "")
         title = METRICS[metric].title if metric in METRICS else GAIN if metric == "top1_gain" else "no result"

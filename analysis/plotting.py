@@ -34,6 +34,7 @@ MARKS = {
     "comq": ("#D55E00", "D"),
     "decoupleq": ("#009E73", "^"),
     "ptnq": ("#CC79A7", "v"),
+    "ptnq_affine": ("#7A7A00", "*"),
     "hqq": ("#56B4E9", "P"),
     "awq": ("#E69F00", "X"),
     "qft": ("#332288", "p"),

@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from analysis import paper_table, savings_table, tables
+from analysis.against import UnknownKeyError, against
+from analysis.against import markdown as against_markdown
+from analysis.against_figure import draw_against
 from analysis.bits_saved import bits_saved
 from analysis.checks import mixed_protocols
 from analysis.collect import aggregate, collect_all
 from analysis.compare import compare
 from analysis.curves import curve_points
 from analysis.figures import draw
-from analysis.files import write_csv, write_text
+from analysis.files import write_csv, write_figure, write_text
 from analysis.names import method_order
 from analysis.papers import papers, published
 
@@ -37,12 +40,13 @@ class Report:
     warnings: list[str]
     duplicates: list[str]
     paper: str = ""  # the published numbers beside ours, where a paper was asked for
+    against: str = ""  # the results against one key, where that was asked for
 
     def text(self) -> str:
         """The report as the command prints it."""
         parts = [
             self.markdown,
-            *filter(None, [self.paper]),
+            *filter(None, [self.paper, self.against]),
             "Written:\n" + "\n".join(f"  {path}" for path in self.paths),
         ]
         for title, lines in (
@@ -66,13 +70,15 @@ def write_report(
     baseline: str | None = None,
     paper: str | None = None,
     html: bool = False,
+    key: str | None = None,
 ) -> Report:
     """Read every record under `dirs`; write tables and figures into `output`, by default `dirs[0]`.
 
     `metric` is for image models, by default top1; language models have perplexity. `baseline` is the method
     that bits are saved against, by default rtn where a model has it, else its first. `paper` names published
-    numbers to set beside ours. `html` adds report.html, all of it on one page. Raises
-    NoRecordsError, UnknownBaselineError and UnknownPaperError.
+    numbers to set beside ours. `html` adds report.html, all of it on one page. `key` is a key of the config
+    to set the results against. Raises NoRecordsError, UnknownBaselineError, UnknownKeyError and
+    UnknownPaperError.
     """
     for folder in dirs:
         if not folder.is_dir():
@@ -113,12 +119,21 @@ def write_report(
             write_csv(folder / f"paper_{paper}.csv", rows),
             write_text(folder / f"paper_{paper}.tex", paper_table.latex(rows, paper)),
         ]
+    ablation = ""
+    if key:
+        values = against(found, key)
+        ablation = against_markdown(values, key)
+        paths += [
+            write_text(folder / "against.md", ablation),
+            write_csv(folder / "against.csv", values),
+            *write_figure(draw_against(values, key), folder, "against"),
+        ]
     if html:
         from analysis.page import page  # here, so that only a page pays for what commands are made from
 
         content = page(dirs[0].resolve().name, found, cells, savings, drawn, warnings, rows)
         paths.append(write_text(folder / "report.html", content))
-    return Report(table, paths, found.problems, warnings, found.duplicates, beside)
+    return Report(table, paths, found.problems, warnings, found.duplicates, beside, ablation)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -142,12 +157,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--html", action="store_true", help="also write report.html: everything on one page, from disk"
     )
+    parser.add_argument(
+        "--against", metavar="KEY", help="also set the results against this key of the config (method.sweeps)"
+    )
     options = parser.parse_args(argv)
     try:
         report = write_report(
-            options.dirs, options.output, options.metric, options.baseline, options.paper, options.html
+            options.dirs,
+            options.output,
+            options.metric,
+            options.baseline,
+            options.paper,
+            options.html,
+            options.against,
         )
-    except (NoRecordsError, UnknownBaselineError) as error:
+    except (NoRecordsError, UnknownBaselineError, UnknownKeyError) as error:
         raise SystemExit(f"ptq-report: {error}") from None
     print(report.text())
 

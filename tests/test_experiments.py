@@ -19,7 +19,11 @@ from ptq.runner import GROUPS, run
 
 FIELDS = ("Paper", "Expected", "Time", "Hardware", "Command")
 PAPERS = [name for name in papers() if name != "anchors"]
-OURS = [name for name in choices("experiment") if any(name.startswith(f"{paper}_") for paper in PAPERS)]
+OURS = [
+    name
+    for name in choices("experiment")
+    if "\n# Paper:" in (CONF_DIR / "experiment" / f"{name}.yaml").read_text()
+]
 FULL = [name for name in OURS if not name.endswith("_local")]
 RESHAPING = ("method", "grid", "tuning")  # groups whose choices have different keys
 
@@ -62,8 +66,9 @@ def chosen(config: DictConfig) -> dict[str, str]:
 @pytest.mark.parametrize("name", OURS)
 def test_the_header_has_its_fields(name: str) -> None:
     found = re.findall(r"(?:^|\. )(\w+): ", header(name), re.MULTILINE)
-    assert [field for field in FIELDS if field in found] == list(FIELDS)
+    assert [field for field in found if field in FIELDS] == list(FIELDS)
     assert f"+experiment={name} " in header(name)
+    assert paper_of(name)
 
 
 @pytest.mark.parametrize("name", FULL)

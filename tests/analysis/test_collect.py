@@ -32,6 +32,7 @@ def test_numbers_are_those_of_the_record(tmp_path: Path) -> None:
     [
         pytest.param({"weight": 3.0}, "W3", id="plain"),
         pytest.param({"weight": 3, "group_size": 128}, "W3 g128", id="groups"),
+        pytest.param({"weight": 4, "activation": 8, "first_last": 8}, "W4A8 · 8-bit ends", id="activations"),
         pytest.param({"weight": 3, "first_last": 8}, "W3 · 8-bit ends", id="ends"),
         pytest.param({"weight": 2.5, "group_size": 64, "first_last": 8}, "W2.5 g64 · 8-bit ends", id="all"),
     ],
