@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from pathlib import Path
@@ -42,6 +43,7 @@ def composed(name: str, *overrides: str) -> DictConfig:
         return compose("config", overrides=[f"+experiment={name}", *overrides], return_hydra_config=True)
 
 
+@functools.cache
 def swept(name: str) -> dict[str, list[str]]:
     """Values of each key that the experiment sweeps, as they stand on a command line."""
     params = OmegaConf.to_container(composed(name).hydra.sweeper.params)
