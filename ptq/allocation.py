@@ -46,8 +46,8 @@ class Bits:
             raise InputError(
                 f"bits.group_size must be at least 1, or null for one scale per row; got {self.group_size}"
             )
-        for key in ("activation", "activation_first_last"):
-            width = getattr(self, key)
+        widths = {"activation": self.activation, "activation_first_last": self.activation_first_last}
+        for key, width in widths.items():
             if width is not None and not 1 <= width <= 16:
                 raise InputError(f"bits.{key} must be an integer from 1 to 16, or null; got {width}")
         if self.activation is None and self.activation_first_last is not None:
