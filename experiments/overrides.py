@@ -19,9 +19,18 @@ GROUPS = sorted(
 )
 
 
+SHORT = {"budget": "bits.budget"}  # what may be said of a choice without its group
+
+
+def spelled_out(arguments: list[str]) -> list[str]:
+    """The command line with short keys (`bits=mixed budget=3.2`) in full."""
+    pairs = [a.partition("=") for a in arguments]
+    return [f"{SHORT.get(key, key)}{equals}{value}" for key, equals, value in pairs]
+
+
 def check_overrides(arguments: list[str]) -> None:
     """Raise InputError for an unknown group choice or an unknown key, naming what was probably meant."""
-    words = [a for a in arguments if "=" in a and not a.startswith("-")]
+    words = [a for a in spelled_out(arguments) if "=" in a and not a.startswith("-")]
     try:
         overrides = OverridesParser.create().parse_overrides(words)
     except OverrideParseException as error:

@@ -8,7 +8,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from experiments.overrides import check_overrides
+from experiments.overrides import check_overrides, spelled_out
 from ptq.config import CONF_DIR
 from ptq.errors import InputError
 from ptq.runner import GROUPS, run
@@ -37,6 +37,7 @@ def job(config: DictConfig) -> dict[str, object]:
 def main() -> None:
     """Entry point of the console command: wrong input ends in one plain message and exit status 1."""
     try:
+        sys.argv[1:] = spelled_out(sys.argv[1:])
         check_overrides(sys.argv[1:])
         job()
     except InputError as error:

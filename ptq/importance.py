@@ -301,7 +301,7 @@ def _hessian_traces(network: FloatNetwork, names: list[str]) -> dict[str, Tensor
                 traces += torch.stack(
                     [(v * p).double().sum().cpu() for v, p in zip(signs, products, strict=True)]
                 )
-    traces = traces.clamp_min(0)
+    traces = (traces / TRACE_DRAWS).clamp_min(0)
     return {
         name: (trace / w.numel()).to(w.device).expand(weight_matrix(network.layer(name)).shape)
         for name, trace, w in zip(names, traces, weights, strict=True)

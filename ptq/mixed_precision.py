@@ -86,6 +86,15 @@ class MixedBits(Bits):
     def widths(self) -> list[float]:
         return [*Bits.widths(self), *self.candidates]
 
+    def announcement(self) -> str:
+        """What is known before anything is measured."""
+        budget = f"the bits that {self.weight:g} for all would take" if self.budget is None else "the budget"
+        return (
+            f"mixed precision: widths among {', '.join(map(str, self.candidates))} for each "
+            f"{self.granularity.value}, chosen when the job runs, within {budget}; "
+            f"the table has bits.weight={self.weight:g} in their place"
+        )
+
 
 @dataclass(kw_only=True)
 class Choice:

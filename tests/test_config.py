@@ -92,6 +92,7 @@ def test_every_experiment_composes_and_says_what_it_is(name: str) -> None:
     ("arguments", "message"),
     [
         (["method=comk"], "unknown method 'comk'; known: .*did you mean 'comq'"),
+        (["bits=w3", "budget=3.2"], "unknown key 'bits.budget'"),
         (["-m", "method=rtn,gptk"], "unknown method 'gptk'.*did you mean 'gptq'"),
         (["model=resnet19"], "unknown model 'resnet19'.*did you mean 'resnet18'"),
         (["data=cifar"], "unknown data 'cifar'.*did you mean 'cifar10'"),
@@ -123,8 +124,9 @@ def test_typos_on_the_command_line_get_a_suggestion(arguments: list[str], messag
         ["model=llama3_8b", "method=comq", "grid=symmetric", "bits=w3g128", "calibration=wikitext2"],
         ["+bits.layers={head: 8}", "seed=1,2", "method.shrink=[1.0,0.9]", "hydra/launcher=joblib"],
         ["-m", "+experiment=quickstart", "~tracker"],
+        ["bits=mixed", "budget=3.2"],
     ],
-    ids=["sweep", "llama", "values", "experiment"],
+    ids=["sweep", "llama", "values", "experiment", "budget"],
 )
 def test_good_command_lines_pass(arguments: list[str]) -> None:
     check_overrides(arguments)
