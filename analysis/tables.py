@@ -149,6 +149,19 @@ def tidy(cells: pd.DataFrame) -> pd.DataFrame:
     return cells.assign(best=[index in best for index in cells.index])
 
 
+GREEK = {
+    "α": "alpha",
+    "β": "beta",
+    "γ": "gamma",
+    "δ": "delta",
+    "ε": "epsilon",
+    "λ": "lambda",
+    "μ": "mu",
+    "σ": "sigma",
+    "τ": "tau",
+    "Δ": "Delta",
+    "Σ": "Sigma",
+}
 LATEX_SPECIAL = {
     "\\": r"\textbackslash{}",
     "&": r"\&",
@@ -171,12 +184,19 @@ LATEX_SPECIAL = {
     "≤": r"$\leq$",
     "≥": r"$\geq$",
     "→": r"$\rightarrow$",
+    "×": r"$\times$",
+    "’": "'",
+    "“": "``",
+    "”": "''",
+    **{letter: rf"$\{name}$" for letter, name in GREEK.items()},
 }
+PLAIN_LATIN = 0x17F  # the last character that any TeX with UTF-8 input has without further packages
 
 
 def latex_escape(text: str) -> str:
-    """Text that prints as it reads, whatever signs it holds."""
-    return re.sub("|".join(map(re.escape, LATEX_SPECIAL)), lambda match: LATEX_SPECIAL[match.group()], text)
+    """Text that prints as it reads, whatever signs it holds; a sign that TeX lacks by its code point."""
+    found = re.sub("|".join(map(re.escape, LATEX_SPECIAL)), lambda match: LATEX_SPECIAL[match.group()], text)
+    return "".join(sign if ord(sign) <= PLAIN_LATIN else f"U+{ord(sign):04X}" for sign in found)
 
 
 def latex(cells: pd.DataFrame) -> str:
