@@ -2,6 +2,7 @@
 others on the same codes.
 
 Command: python -m experiments.coders [--size 1024] [--bits 1 2 3 4] [--pairs watersic:entropy_columns …]
+         python -m experiments.coders --model FOLDER (of a saved model: the streams of its layers)
 All rates are bits per weight. `stored` is the file: stream, steps, everything; `pooled entropy` is the usual
 estimate for one histogram; Huffman's and zstd's figures are of the codes alone, without tables for Huffman.
 """
@@ -10,16 +11,22 @@ from __future__ import annotations
 
 import argparse
 import heapq
+import json
 import math
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import zstandard
+from hydra.utils import get_class
+from safetensors.torch import load_file
 
 from experiments.benchmark import distortion_limit, gram, seeded_layer
+from ptq.checkpoint import coded
 from ptq.coding import Ints, decode, encode, entropy
 from ptq.config import build, load_choice
+from ptq.errors import InputError
 from ptq.problem import LayerProblem
 from ptq.rate import quantize_to_rate
 
@@ -86,6 +93,33 @@ def rows(size: int, tokens: int, bits: list[float], pairs: list[str]) -> pd.Data
     return pd.DataFrame(table)
 
 
+def model_rows(directory: Path) -> pd.DataFrame:
+    """One row per entropy-coded layer of a saved model, and one for all of them."""
+    facts = json.loads((directory / "model.json").read_text())["layers"]
+    packed = load_file(directory / "quantized.safetensors")
+    table, seconds_of_all = [], 0.0
+    for name, layer in facts.items():
+        if not coded(layer):
+            continue
+        tensors = {k.removeprefix(f"{name}."): t for k, t in packed.items() if k.rpartition(".")[0] == name}
+        started = time.perf_counter()
+        _, codes = get_class(layer["grid"]).from_storage(tensors, layer)
+        seconds = time.perf_counter() - started
+        seconds_of_all += seconds
+        stored = 8 * sum(t.numel() * t.element_size() for t in tensors.values()) / codes.numel()
+        estimate = entropy(codes.numpy().astype(np.int64))
+        speed = codes.numel() / 1e6 / seconds
+        table.append((name, codes.numel(), stored, estimate, stored - estimate, speed))
+    columns = ["layer", "weights", "stored", "pooled entropy", "gap", "decode, M/s"]
+    frame = pd.DataFrame(table, columns=columns)
+    if frame.empty:
+        raise InputError(f"{directory} has no entropy-coded layer; save a model made with grid=entropy")
+    weights = frame["weights"]
+    means = [float((frame[c] * weights).sum() / weights.sum()) for c in columns[2:5]]
+    frame.loc[len(frame)] = ["all", weights.sum(), *means, weights.sum() / 1e6 / seconds_of_all]
+    return frame
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -94,7 +128,11 @@ def main() -> None:
     parser.add_argument("--bits", type=float, nargs="+", default=[1, 2, 3, 4])
     pairs = ["rtn:entropy", "gptq:entropy", "gptq:entropy_columns", "watersic:entropy_columns"]
     parser.add_argument("--pairs", nargs="+", default=pairs)
+    parser.add_argument("--model", type=Path, help="folder of a saved model; nothing else is done then")
     options = parser.parse_args()
+    if options.model is not None:
+        print(model_rows(options.model).to_markdown(index=False, floatfmt=("", ",.0f", *[".4f"] * 3, ".1f")))
+        return
     table = rows(options.size, options.tokens, options.bits, options.pairs)
     print(table.to_markdown(index=False, floatfmt=("g", "", *[".4f"] * 8, ".1f", ".1f", ".1f")))
 

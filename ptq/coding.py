@@ -6,6 +6,9 @@ frequency table is stored; the levels are, by the same coder, and only where the
 chunks that grow by half, and counts enter the model between chunks, which keeps coder calls few and lets both
 directions run at the coder's own speed. Wide classes code their low bits as they are.
 
+Every layer has a stream of its own: one for a whole model, with classes that its layers share, came out
+0.002 to 0.004 bit longer on ResNet-20 at 1 to 2 bits, because each layer chooses its layout.
+
 The decoder repeats the encoder's arithmetic: additions, multiplications and integer counts, which give the
 same bits on every machine. Streams are big-endian; trailing bytes of ones are left out.
 Shapes: codes [rows, columns]; levels of rows [rows] and of columns [columns].

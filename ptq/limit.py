@@ -81,9 +81,16 @@ class GaussianLimit:
         level = _bisect(lambda log_level: self._at(log_level)[1] <= rates, low, high)
         return (self._at(level)[0] / self.energy).sqrt()
 
-    def rate_at(self, log_level: Tensor) -> Tensor:
-        """Bits per coefficient where every source is coded down to distortion 2^log_level."""
-        return self._at(log_level)[1]
+    def curve(self, points: int) -> tuple[Tensor, Tensor, Tensor]:
+        """log₂ τ, distortion and bits per coefficient at so many water levels, from the rate 0 to 24 bits;
+        all empty where nothing reaches the output.
+        """
+        if self.model_energy == 0:
+            return (torch.zeros(0, dtype=torch.float64),) * 3
+        smallest, largest, positive = self._log_range()
+        lowest = smallest - 48 * self.count / positive
+        levels = torch.linspace(largest, lowest, points, dtype=torch.float64, device=self._variance.device)
+        return levels, *self._at(levels)
 
     def bits(self, relative_error: Tensor) -> Tensor:
         """Rate at which the limit has each relative error (any shape); infinite for 0, 0 for errors it has

@@ -1,15 +1,18 @@
 """One budget for all layers: rates of equal slope, and the account that makes the file meet the budget.
 
 Theory: a layer is a Gaussian source (ptq/limit.py) whose components have variances σ_r² λ_i, and a squared
-error of one at its output costs the network w. Least Σ w_l D_l for a given Σ N_l R_l is one water level τ for
-all sources after they are multiplied by their w_l (reverse water-filling; Cover and Thomas, Theorem 10.3.3):
-the slope of every layer's w D is then the same. Practical codes lie about a quarter of a bit above the limit
-at every rate, which leaves the slopes as they are.
+error D at its output costs the network w D. Least Σ w_l D_l for a given Σ N_l R_l is where the slope of every
+layer's w D by its bits is the same: one water level for all sources times their w (Cover and Thomas, Theorem
+10.3.3). Practical codes lie about a quarter of a bit above the limit at every rate, which leaves the slopes
+as they are.
 w for `network_loss`: to second order KL(float ‖ quantized) of the predictions is ½ E[⟨G, Ŵ − W⟩²], where G is
 the gradient, for one sample, of the log-likelihood of a label drawn from the float prediction (Fisher
 information). G is summed over positions first: the error of a weight is the same at all of them and adds up
 behind a global pooling. Errors of rows are taken as independent, with the covariance D / in · H⁻¹ that error
 feedback leaves, and the loss is ½ w D with w = E Σ_r G_r H⁻¹ G_rᵀ / (in · out).
+At low rates the error is no longer random: a share D / E of the weights themselves is missing. What that
+costs is measured by taking each layer away, and enters as the square of the share. Without it a layer whose
+noise hardly matters (the last before a global pooling) would get nothing at all.
 Shapes: H, F [groups, in, in]; X [groups, tokens, in]; G [groups, samples, tokens, out].
 """
 
@@ -20,6 +23,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,24 +37,37 @@ from ptq.models.adapter import ModelAdapter
 from ptq.plan import Call, first_tensor, hooks
 
 LOWEST_RATE = 0.02  # bits: below it a stream's own bytes weigh more than its codes
+REMOVAL_SAMPLES = 64  # that each layer is taken away on, one after the other
 DAMPING = 0.03  # of H, as a fraction of its mean diagonal: errors are not larger than the weights themselves
+POINTS = 2048  # of a layer's curve
 PART = 16  # samples of one pass with gradients
 BISECTIONS = 80
 
 
 @dataclass(kw_only=True)
 class Source:
-    """A layer as the allocation sees it."""
+    """A layer as the allocation sees it: what an error of D at its output costs, weight · D + removal ·
+    (D/E)² with E the output's energy, and the errors it can have (ptq/limit.py).
+    """
 
     limit: GaussianLimit
-    weight: float  # what a squared error of one at the layer's output costs; 0: nothing, as far as is known
+    weight: float
+    removal: float = 0.0  # cost beyond weight · E where the layer gives nothing
+    log_slopes: Tensor = field(init=False)  # ascending, of the cost by the bits spent, up to a common factor
+    rates: Tensor = field(init=False)  # bits per weight at those slopes
 
-    def rate(self, log_level: float) -> float:
-        """Bits per weight where the weighted errors lie below 2^log_level."""
-        if self.weight <= 0 or self.limit.model_energy <= 0:
+    def __post_init__(self) -> None:
+        levels, distortion, rates = (t.cpu() for t in self.limit.curve(POINTS))
+        # on the Gaussian curve dD by dbits is −2 ln 2 times the water level
+        price = self.weight + 2 * self.removal * distortion / max(self.limit.model_energy, 1e-300) ** 2
+        self.log_slopes = (price.clamp_min(1e-300).log2() + levels).flip(0)
+        self.rates = rates.flip(0)
+
+    def rate(self, log_slope: float) -> float:
+        """Bits per weight down to where another one saves less than 2^log_slope."""
+        if (self.weight <= 0 and self.removal <= 0) or len(self.rates) == 0:
             return 0.0
-        own = torch.tensor(log_level, dtype=torch.float64) - torch.tensor(self.weight).double().log2()
-        return float(self.limit.rate_at(own))
+        return float(np.interp(log_slope, self.log_slopes.numpy(), self.rates.numpy(), right=0.0))
 
 
 @dataclass(kw_only=True)
@@ -119,25 +136,25 @@ def budget(
 def equal_slopes(
     sources: dict[str, Source], counts: dict[str, int], mean_rate: float, most_bits: float
 ) -> dict[str, float]:
-    """Rate of each layer under one water level, `mean_rate` on average over all weights.
+    """Rate of each layer at one slope, `mean_rate` on average over all weights.
 
     Rates stay between LOWEST_RATE and `most_bits`; sources that cost nothing get the lowest.
     """
     total = sum(counts.values())
     least = min(LOWEST_RATE, mean_rate)
 
-    def rates_at(level: float) -> dict[str, float]:
-        return {name: min(max(source.rate(level), least), most_bits) for name, source in sources.items()}
+    def rates_at(log_slope: float) -> dict[str, float]:
+        return {name: min(max(source.rate(log_slope), least), most_bits) for name, source in sources.items()}
 
     def mean(rates: dict[str, float]) -> float:
         return sum(rates[name] * counts[name] for name in rates) / total
 
-    low, high = -400.0, 400.0  # log₂ of the level
+    low, high = -400.0, 400.0  # log₂ of the slope
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
         low, high = (middle, high) if mean(rates_at(middle)) > mean_rate else (low, middle)
     rates = rates_at(high)
-    short = mean_rate - mean(rates)  # not zero only where no level has that rate: a model of dead layers
+    short = mean_rate - mean(rates)  # not zero only where no slope has that rate: a model of dead layers
     return {name: min(rate + short, most_bits) for name, rate in rates.items()}
 
 
@@ -179,14 +196,36 @@ def measure(
                     torch.autograd.grad(loss, probe)
             else:
                 adapter.forward(adapter.module, part)
+    removals = _removals(adapter, _parts(batches, min(samples, REMOVAL_SAMPLES)), layers) if by_loss else {}
     sources = {}
     for name, layer in layers.items():
         limit = GaussianLimit(statistics[name].gram(), weight_matrix(layer).float())
-        weight = 1 / limit.energy if limit.energy > 0 else 0.0
+        weight, removal = (1 / limit.energy if limit.energy > 0 else 0.0), 0.0
         if by_loss:
-            weight = statistics[name].weight() / seen
-        sources[name] = Source(limit=limit, weight=weight)
+            weight = 0.5 * statistics[name].weight() / seen
+            removal = max(0.0, removals[name] - weight * limit.model_energy)
+        sources[name] = Source(limit=limit, weight=weight, removal=removal)
     return sources
+
+
+def _removals(adapter: ModelAdapter, parts: list[Any], layers: dict[str, nn.Module]) -> dict[str, float]:
+    """KL(float ‖ without the layer's products) per sample, for each layer alone."""
+
+    def remove(layer: nn.Module, _: tuple[Any, ...], output: Tensor) -> Tensor:
+        nothing = torch.zeros_like(output)
+        if layer.bias is None:
+            return nothing
+        return nothing + (layer.bias[:, None, None] if isinstance(layer, nn.Conv2d) else layer.bias)
+
+    divergences = dict.fromkeys(layers, 0.0)
+    for part in parts:
+        reference = adapter.forward(adapter.module, part).float().log_softmax(-1)
+        for name, layer in layers.items():
+            with hooks([layer.register_forward_hook(remove)]):
+                without = adapter.forward(adapter.module, part).float().log_softmax(-1)
+            divergences[name] += float((reference.exp() * (reference - without)).sum())
+    seen = sum(_count(part) for part in parts)
+    return {name: divergence / seen for name, divergence in divergences.items()}
 
 
 class _Statistics:

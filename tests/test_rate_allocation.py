@@ -35,15 +35,17 @@ def test_four_times_the_weight_is_one_bit_more() -> None:
 @pytest.mark.parametrize("target", [0.3, 1.0, 2.5])
 def test_no_shift_between_layers_lowers_the_weighted_error(target: float) -> None:
     sources = {"a": source(1.0), "b": source(9.0, seed=1, out=40), "c": source(0.1, seed=2, width=33)}
+    sources["c"] = Source(limit=sources["c"].limit, weight=0.1, removal=0.5 * sources["c"].limit.energy)
     counts = {n: s.limit.count for n, s in sources.items()}
     rates = equal_slopes(sources, counts, target, 16)
     assert mean(rates, counts) == pytest.approx(target, abs=1e-6)
 
     def loss(rates: dict[str, float]) -> float:
-        return sum(
-            s.weight * s.limit.energy * float(s.limit.error(torch.tensor(rates[n]))) ** 2
-            for n, s in sources.items()
-        )
+        total = 0.0
+        for n, s in sources.items():
+            distortion = s.limit.energy * float(s.limit.error(torch.tensor(rates[n]))) ** 2
+            total += s.weight * distortion + s.removal * (distortion / s.limit.model_energy) ** 2
+        return total
 
     best = loss(rates)
     for giver in rates:
@@ -62,6 +64,14 @@ def test_layers_that_cost_nothing_get_the_least_and_none_gets_more_than_the_most
     rates = equal_slopes({"a": source(1.0), "b": source(1e9)}, counts, 6.0, 9)
     assert rates["b"] == pytest.approx(9)
     assert mean(rates, counts) == pytest.approx(6.0, abs=1e-6)
+
+
+def test_a_layer_that_cannot_be_missed_keeps_some_rate() -> None:
+    """Though its noise costs nothing."""
+    counts = {"a": 600, "b": 600}
+    limit = source(1.0).limit
+    sources = {"a": Source(limit=limit, weight=0.0, removal=limit.energy), "b": source(1.0)}
+    assert 0.2 < equal_slopes(sources, counts, 1.0, 16)["a"] < 1.0
 
 
 def test_what_a_layer_misses_goes_to_those_after_it() -> None:
@@ -125,7 +135,7 @@ def test_the_network_loss_is_half_the_weighted_error() -> None:
             moved = adapter.forward(adapter.module, X).log_softmax(-1)
             handle.remove()
             divergences.append(float((reference.exp() * (reference - moved)).sum(-1).mean()))
-    expected = 0.5 * weight * 32 * 24 * 0.01**2
+    expected = weight * 32 * 24 * 0.01**2
     assert sum(divergences) / 20 == pytest.approx(expected, rel=0.15)
 
 

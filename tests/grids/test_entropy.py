@@ -170,6 +170,68 @@ def test_a_damaged_file_is_refused(tmp_path) -> None:
         ptq.load(folder, nn.Sequential(nn.Linear(30, 20)))
 
 
+def test_a_stream_cut_short_is_refused(tmp_path) -> None:
+    model = nn.Sequential(nn.Linear(30, 20))
+    quantized, _ = ptq.quantize_model(model, [torch.randn(64, 30)], "gptq", "entropy_rows", 3)
+    quantized[0].codes = quantized[0].codes[:-3].clone()
+    folder = ptq.save(quantized, tmp_path / "model")
+    with pytest.raises(InputError, match="damaged or cut short"):
+        ptq.load(folder, nn.Sequential(nn.Linear(30, 20)))
+
+
+@pytest.mark.parametrize("decode", ["at_load", "at_forward"])
+def test_codes_are_kept_or_read_in_every_pass(choice, tmp_path, decode: str) -> None:
+    model, X = nn.Sequential(nn.Linear(30, 20)), torch.randn(64, 30)
+    spec = choice("grid", "entropy", decode=decode)
+    quantized, _ = ptq.quantize_model(model, [X], "gptq", spec, 3)
+    folder = ptq.save(quantized, tmp_path / "model")
+    loaded = ptq.load(folder, nn.Sequential(nn.Linear(30, 20)))
+    assert torch.equal(loaded(X), quantized(X))
+    kept = loaded[0].grid_and_codes()[1] is loaded[0].grid_and_codes()[1]
+    assert kept == (decode == "at_load")
+    quantized[0].codes[40] ^= 1  # found at load, whenever the codes are wanted
+    with pytest.raises(InputError, match="checksum"):
+        ptq.load(ptq.save(quantized, tmp_path / "damaged"), nn.Sequential(nn.Linear(30, 20)))
+
+
+class Block(nn.Module):
+    """A residual block with every kind of convolution and a Linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.mix = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.depthwise(torch.relu(self.norm(self.conv(x))))
+        return x + self.mix(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("tuning", ["block", "network"])
+@pytest.mark.parametrize(("method", "name"), [("watersic", "entropy_columns"), ("gptq", "entropy_rows")])
+def test_tuning_moves_the_steps_and_leaves_the_rate(
+    choice, tmp_path, tuning: str, method: str, name: str
+) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        blocks = nn.Sequential(Block(), Block())
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), blocks, nn.Flatten(), nn.Linear(8 * 16, 5)).eval()
+        X = torch.randn(32, 3, 6, 6)
+    settings = choice("tuning", tuning, epochs=4, batch_size=8, learning_rate=0.01)
+    plain, report = ptq.quantize_model(model, [X], method, name, 2)
+    tuned, tuned_report = ptq.quantize_model(model, [X], method, name, 2, tuning=settings)
+    assert all(t.loss_after <= t.loss_before for t in tuned_report.tuning)
+    assert any(t.loss_after < t.loss_before for t in tuned_report.tuning)
+    names = [name for name, _ in tuned.named_buffers() if name.endswith("step")]
+    assert any(not torch.equal(tuned.get_buffer(name), plain.get_buffer(name)) for name in names)
+    if tuning == "network":  # codes are the same, so is the stream
+        assert torch.equal(tuned[1][0].conv.codes, plain[1][0].conv.codes)
+        assert tuned_report.bits_per_coefficient() == report.bits_per_coefficient()
+    copy = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(Block(), Block()), nn.Flatten(), nn.Linear(128, 5))
+    assert torch.equal(ptq.load(ptq.save(tuned, tmp_path / "model"), copy)(X), tuned(X))
+
+
 @pytest.mark.parametrize("bits", [0, -1, 17])
 def test_impossible_bits(choice, bits: float) -> None:
     with pytest.raises(InputError, match=f"above 0 and at most 16.*got {bits:g}"):
