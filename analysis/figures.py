@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from analysis.curves import curve_points, draw_curves
 from analysis.files import write_csv, write_figure
 from analysis.layer_figure import bits_settings, draw_layers, layer_points
+from analysis.loss_curves import draw_losses
 from analysis.tables import split_by_model
 from analysis.time_figure import draw_times, time_points
 
@@ -22,6 +23,12 @@ class Drawings:
     figures: dict[str, Figure] = field(default_factory=dict)
     of_model: dict[tuple[str, str], str] = field(default_factory=dict)  # (model, data) → name of its figure
     points: dict[str, pd.DataFrame] = field(default_factory=dict)
+
+    def add_losses(self, losses: pd.DataFrame, cells: pd.DataFrame) -> None:
+        """Loss curves, from `loss_points`, where a job has recorded any."""
+        if not losses.empty:
+            self.figures["losses"] = draw_losses(losses, bits_settings(cells))
+            self.points["losses"] = losses
 
     def write(self, folder: Path) -> list[Path]:
         """NAME.png and NAME.pdf of each figure, NAME.csv of what was drawn."""

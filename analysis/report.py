@@ -18,6 +18,7 @@ from analysis.compare import compare
 from analysis.curves import curve_points
 from analysis.figures import draw
 from analysis.files import write_csv, write_figure, write_text
+from analysis.loss_curves import loss_points
 from analysis.names import method_order
 from analysis.papers import papers, published
 
@@ -101,6 +102,7 @@ def write_report(
     table = tables.markdown(cells, below=savings_table.markdown(savings))
     table += f"\n{savings_table.NOTE}\n" if len(savings) else ""
     drawn = draw(cells, found.layers)
+    drawn.add_losses(loss_points(found), cells)
     warnings = mixed_protocols(found.frame, found.records)
     paths = [
         write_text(folder / "table.md", table),
