@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -26,11 +25,17 @@ class ReportCallback(Callback):
         """Report; exit with status 1 if any job failed."""
         if config.dry_run:
             return
-        from analysis.report import write_report  # here, so that no job pays for pandas and matplotlib
+        # here, so that no job pays for pandas and matplotlib
+        from analysis.records import read_records
+        from analysis.report import NoRecordsError, write_report
 
-        report = write_report([Path(config.output_dir) / config.name], None, None)
+        folder = Path(config.output_dir) / config.name
+        try:
+            report = write_report([folder], None, None)
+        except NoRecordsError as error:
+            print(f"ptq-run: nothing to report: {error}", file=sys.stderr)
+            sys.exit(1)
         print(report.text())
-        records = (Path(config.output_dir) / config.name).rglob("record.json")
-        fresh = [path for path in records if path.stat().st_mtime >= self.started]
-        if any(json.loads(path.read_text())["status"] == "failed" for path in fresh):
+        records, _ = read_records([folder])
+        if any(not record.done and record.written >= self.started for record in records):
             sys.exit(1)
