@@ -21,7 +21,7 @@ from analysis.tables import split_by_model
 HEIGHT = 1.9  # inches of a panel
 LINE_HEIGHT = 0.14  # inches of a word on the axis
 LOG_FROM = 8  # numbers that span more than this factor stand on a log axis
-ERROR_LABEL = "mean relative error of the layers"
+ERROR_LABEL = "mean error of the layers"
 
 
 def draw_against(points: pd.DataFrame, key: str) -> Figure:
