@@ -86,7 +86,8 @@ class GaussianLimit:
         all empty where nothing reaches the output.
         """
         if self.model_energy == 0:
-            return (torch.zeros(0, dtype=torch.float64),) * 3
+            nothing = torch.zeros(0, dtype=torch.float64)
+            return nothing, nothing, nothing
         smallest, largest, positive = self._log_range()
         lowest = smallest - 48 * self.count / positive
         levels = torch.linspace(largest, lowest, points, dtype=torch.float64, device=self._variance.device)
