@@ -22,7 +22,7 @@ from ptq.solvers.solution import Solution
 def reconstruct_layer(
     problem: LayerProblem, grid: Grid, codes: Tensor, recipe: Recipe, loss: Loss, seed: int
 ) -> tuple[Tensor, Grid]:
-    """Codes and grid after training; with keep_best each row has the better of both ends.
+    """Codes and grid after training; with keep_best the best measured, row by row where the grid stays.
 
     loss=relative_l2 divides by tr(T H Tᵀ), which changes the regulariser's weight and nothing else.
     """
@@ -66,5 +66,8 @@ def reconstruct_layer(
             relaxation.advance((step + 1) / total, variables.grid())
             if step + 1 in checks:
                 now = Solution(problem, variables.stored(), relaxation.codes(variables.grid()))
-                best = best.or_better(now) if recipe.keep_best else now
+                if recipe.keep_best and not variables.trained:
+                    best = best.or_better(now)
+                elif not recipe.keep_best or now.total() < best.total():
+                    best = now  # as a whole: rows may share a parameter that was trained
     return best.codes, best.grid

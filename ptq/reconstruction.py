@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ptq.activations import ActivationQuantizer
 from ptq.descent import Descent, Schedule, Stepper
@@ -24,11 +23,13 @@ from ptq.errors import InputError
 from ptq.grids.grid import Grid
 from ptq.layers import QuantizedLayer, apply_weight, names_of, replace_module, shaped, weight_matrix
 from ptq.report import TuningReport
+from ptq.resume import Resume
 from ptq.solvers.grid_variables import GridForm, GridVariables
 from ptq.solvers.soft_rounding import Softening, place, relax
+from ptq.training import TrainingRun
 from ptq.tuning import is_norm
 
-CURVE_POINTS = 100  # of the losses that a record keeps
+ROUND = 100  # steps after which an interrupted run can go on
 PROBED = 4  # pieces that the gradients of a selection are taken from
 
 
@@ -79,6 +80,7 @@ class Recipe:
     rates: Rates
     selection: Selection
     selected: float  # fraction of each layer's weights
+    dropped: float  # share of each layer's input elements that are left unquantized in training (QDrop)
     checks: int  # times that the hard codes are measured, the last one at the end
     keep_best: bool  # end with the best of what was measured, the start included
 
@@ -106,8 +108,8 @@ class SoftLayer(nn.Module):
         self.grid_variables = GridVariables(start, recipe.grid_form, recipe.trains(Variable.grid))
         learned = selected(recipe.selection, recipe.selected, start, self.W, None, generator)
         self.relaxation = relax(recipe.softening, start, self.W, codes, learned)
-        self.fixed: tuple[Tensor, Grid] | None = codes, start  # hard codes, where they are asked for
-        self.first = self.fixed
+        self.fixed: tuple[Tensor, Grid] | None = None  # hard codes, where they are asked for
+        self.dropped = recipe.dropped
         self.slope: Tensor | None = None  # where the gradient of Ŵ is asked for
         self.train(layer.training)
 
@@ -123,19 +125,26 @@ class SoftLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.input_quantizer is not None:
-            x = self.input_quantizer(x)
+            rounded = self.input_quantizer(x)
+            if self.fixed is None and self.dropped > 0:
+                kept = torch.rand_like(x) < self.dropped
+                x = torch.where(kept, x, rounded)
+            else:
+                x = rounded
         return apply_weight(x, self.weight, self.bias, self.geometry)
 
     @torch.no_grad()
     def hard(self) -> tuple[Tensor, Grid]:
         """Codes and stored grid that the layer would end with now."""
-        grid = self.grid_variables.stored()
-        return self.relaxation.codes(self.grid_variables.grid()), grid
+        return self.relaxation.codes(self.grid_variables.grid()), self.grid_variables.stored()
+
+    def state(self) -> list[Tensor]:
+        """All that training changes, in place."""
+        return [*self.relaxation.state(), *self.grid_variables.variables.values()]
 
     def quantized(self) -> QuantizedLayer:
-        """The layer with the codes and the grid of `fixed`."""
-        assert self.fixed is not None
-        codes, grid = self.fixed
+        """The layer with the codes and the grid that it has now."""
+        codes, grid = self.hard()
         tensors, facts = grid.storage(codes)
         facts["geometry"] = self.geometry
         made = QuantizedLayer(tensors, facts, self.bias, self.input_quantizer)
@@ -172,9 +181,9 @@ class Trainer:
     """Trains the soft layers of one module; the module is changed in place."""
 
     def __init__(
-        self, module: nn.Module, original: nn.Module, recipe: Recipe, *, name: str, seed: int, progress: bool
+        self, module: nn.Module, original: nn.Module, recipe: Recipe, *, name: str, seed: int
     ) -> None:
-        self.module, self.recipe, self.name, self.seed, self.progress = module, recipe, name, seed, progress
+        self.module, self.recipe, self.name = module, recipe, name
         generator = torch.Generator().manual_seed(seed)
         self.layers: list[SoftLayer] = []
         for layer_name, layer in list(module.named_modules()):
@@ -200,69 +209,93 @@ class Trainer:
         return {v: list({id(p): p for p in ps}.values()) for v, ps in found.items()}
 
     def run(
-        self, pieces: Sequence[Any], loss: Callable[[Any], Tensor], plain: Callable[[Any], Tensor]
+        self,
+        pieces: Sequence[Any],
+        loss: Callable[[Any], Tensor],
+        plain: Callable[[Any], Tensor],
+        *,
+        resume: Resume,
+        progress: bool,
+        generators: Sequence[torch.Generator] = (),
     ) -> TuningReport:
         """Train on random pieces; `loss` is lowered, `plain`, the loss without augmentation, is measured.
 
-        Soft layers are replaced by quantized ones at the end.
+        `generators` are those that `loss` draws from. Soft layers are replaced by quantized ones at the end.
         """
         started = time.perf_counter()
-        recipe = self.recipe
+        recipe, total = self.recipe, self.recipe.descent.iterations
         flags = {p: p.requires_grad for p in self.module.parameters()}
         for p in self.module.parameters():
             p.requires_grad_(False)
         others = self.others()
-        free = [p for v in recipe.variables for p in others[v]]
-        best_loss = before = self.measure(pieces, plain)
-        best = first = self._state(free)
+        before = self.measure(pieces, plain)
         if recipe.selection is Selection.gradient and recipe.selected < 1:
             self._select(pieces[:PROBED], plain)
         stepper = self._stepper(others)
-        losses: list[float] = []
-        total = recipe.descent.iterations
+        changing: list[Tensor] = [t for layer in self.layers for t in layer.state()]
+        changing += [p for v in recipe.variables for p in others[v]]
+        best = [t.detach().clone() for t in changing]
+        # loss of `best`, loss and undecided fraction of the last check
+        numbers = torch.tensor([before, before, 0.0], dtype=torch.float64)
+        order = torch.zeros(len(pieces), dtype=torch.int64)
+        run = TrainingRun(
+            f"round {self.name}",
+            total,
+            resume=resume,
+            progress=progress,
+            tensors=[*changing, *best, numbers, order],
+            parts=[stepper.optimizer],
+            generators=[self.generator, *generators],
+        )
         checks = {round(total * (k + 1) / recipe.checks) for k in range(recipe.checks)}
-        bar = tqdm(total=total, desc=f"round {self.name}", unit="step", disable=not self.progress, delay=1)
-        order: list[int] = []
-        after, undecided, steps = before, 0.0, 0
-        for layer in self.layers:
-            layer.fixed = None
-        for step in range(total):
-            if not order:
-                order = torch.randperm(len(pieces), generator=self.generator).tolist()
-            value = self._step(stepper, step, loss(pieces[order.pop()]))
-            if not math.isfinite(value):
-                break
-            losses.append(value)
-            steps += 1
-            bar.update()
-            bar.set_postfix(loss=f"{value:.4g}", refresh=False)
-            if step + 1 in checks:
-                undecided = max((layer.relaxation.undecided() for layer in self.layers), default=0.0)
-                for layer in self.layers:
-                    layer.fixed = layer.hard()
-                after = self.measure(pieces, plain)
-                if not recipe.keep_best or after < best_loss:
-                    best_loss, best = after, self._state(free)
-                for layer in self.layers:
-                    layer.fixed = None
-        bar.close()
-        self._restore(best, free)
+        for index in run.rounds(-(-total // ROUND)):
+            for _ in range(index * ROUND, min((index + 1) * ROUND, total)):
+                if run.step % len(pieces) == 0:
+                    order.copy_(torch.randperm(len(pieces), generator=self.generator))
+                piece = pieces[int(order[run.step % len(pieces)])]
+                if not run.record(self._step(stepper, run.step, loss(piece))):
+                    break
+                if run.step in checks:
+                    self._check(pieces, plain, changing, best, numbers)
+            if run.step < min((index + 1) * ROUND, total):
+                break  # a loss that is not finite
+        with torch.no_grad():
+            for t, value in zip(changing, best, strict=True):
+                t.copy_(value)
         for p in self.module.parameters():
             p.requires_grad_(flags.get(p, False))
         for layer in self.layers:
             quantized = layer.quantized()
             for alias in names_of(self.module, layer):
                 replace_module(self.module, alias, quantized)
+        kept = run.step > 0 and (not recipe.keep_best or float(numbers[0]) < before)
         return TuningReport(
             unit=self.name,
             loss_before=before,
-            loss_after=best_loss,
-            kept=best is not first,
-            steps=steps,
+            loss_after=float(numbers[0]),
+            kept=kept,
+            steps=run.step,
             seconds=time.perf_counter() - started,
-            losses=curve(losses),
-            undecided=undecided,
+            losses=run.losses,
+            undecided=float(numbers[2]),
         )
+
+    @torch.no_grad()
+    def _check(
+        self,
+        pieces: Sequence[Any],
+        plain: Callable[[Any], Tensor],
+        changing: list[Tensor],
+        best: list[Tensor],
+        numbers: Tensor,
+    ) -> None:
+        """Measure the hard codes, and take them as the best where they are."""
+        numbers[1] = self.measure(pieces, plain)
+        numbers[2] = max((layer.relaxation.undecided() for layer in self.layers), default=0.0)
+        if not self.recipe.keep_best or bool(numbers[1] < numbers[0]):
+            numbers[0] = numbers[1]
+            for kept, t in zip(best, changing, strict=True):
+                kept.copy_(t)
 
     def _stepper(self, others: dict[Variable, list[nn.Parameter]]) -> Stepper:
         recipe, rates = self.recipe, self.recipe.rates
@@ -284,7 +317,7 @@ class Trainer:
         return recipe.descent.start(groups)
 
     def _step(self, stepper: Stepper, step: int, value: Tensor) -> float:
-        """One descent step; returns the loss without the regulariser."""
+        """One descent step, none where the loss is not finite; returns the loss without the regulariser."""
         total = max(1, self.recipe.descent.iterations)
         objective = value
         for layer in self.layers:
@@ -306,7 +339,7 @@ class Trainer:
     def _select(self, pieces: Sequence[Any], plain: Callable[[Any], Tensor]) -> None:
         """Learn the weights whose soft value has the largest gradient at the start."""
         for layer in self.layers:
-            layer.fixed, layer.slope = None, torch.zeros_like(layer.W)
+            layer.slope = torch.zeros_like(layer.W)
             layer.relaxation.V.requires_grad_(True)
         for piece in pieces:
             plain(piece).backward()
@@ -320,34 +353,14 @@ class Trainer:
                 layer.slope,
                 self.generator,
             )
-            layer.slope, layer.fixed = None, layer.first
+            layer.slope = None
 
     @torch.no_grad()
     def measure(self, pieces: Sequence[Any], plain: Callable[[Any], Tensor]) -> float:
-        """Mean loss over all pieces with the hard codes that are set."""
-        return sum(float(plain(piece)) for piece in pieces) / max(1, len(pieces))
-
-    def _state(self, free: list[nn.Parameter]) -> tuple[list[tuple[Tensor, Grid]], list[Tensor]]:
-        hard = []
+        """Mean loss over all pieces with the codes that the layers would end with now."""
         for layer in self.layers:
-            assert layer.fixed is not None
-            hard.append(layer.fixed)
-        return hard, [p.detach().clone() for p in free]
-
-    @torch.no_grad()
-    def _restore(
-        self, state: tuple[list[tuple[Tensor, Grid]], list[Tensor]], free: list[nn.Parameter]
-    ) -> None:
-        for layer, fixed in zip(self.layers, state[0], strict=True):
-            layer.fixed = fixed
-        for p, value in zip(free, state[1], strict=True):
-            p.copy_(value)
-
-
-def curve(losses: list[float]) -> list[float]:
-    """At most CURVE_POINTS means of equally long stretches."""
-    if len(losses) <= CURVE_POINTS:
-        return losses
-    size = len(losses) / CURVE_POINTS
-    parts = [losses[int(k * size) : int((k + 1) * size)] for k in range(CURVE_POINTS)]
-    return [sum(part) / len(part) for part in parts]
+            layer.fixed = layer.hard()
+        mean = sum(float(plain(piece)) for piece in pieces) / max(1, len(pieces))
+        for layer in self.layers:
+            layer.fixed = None
+        return mean

@@ -76,7 +76,7 @@ class GradientPTQ:
     other_schedule: Schedule  # of the other rates
     batch_size: int  # samples a step; unit=layer takes all
     augmentation: Augmentation
-    probability: float  # of each input being the float network's, for augmentation=qdrop
+    probability: float  # for augmentation=qdrop: of an element being the float network's, or unquantized
     strength: float  # of noise, in root mean squares of what quantization does to the input; of mixup, its α
     float_target: bool  # units give what the float unit gives on the float network's inputs, not on their own
     selection: Selection
@@ -149,6 +149,7 @@ class GradientPTQ:
             ),
             selection=self.selection,
             selected=self.selected,
+            dropped=self.probability if self.augmentation is Augmentation.qdrop else 0.0,
             checks=self.checks,
             keep_best=self.keep_best,
         )
@@ -180,7 +181,8 @@ class GradientPTQ:
         device = next((t.device for t in problem.block.buffers()), torch.device("cpu"))
         if self.float_target:
             assert problem.float_calls is not None
-            targets = unit_outputs(problem.original, problem.float_calls, device)
+            with torch.no_grad():
+                targets = unit_outputs(problem.original, problem.float_calls, device)
         with Float32(problem.block), torch.enable_grad():
             loss = BlockLoss(
                 problem,
@@ -200,9 +202,15 @@ class GradientPTQ:
                 self.recipe(),
                 name=problem.name,
                 seed=problem.seed + self.seed,
-                progress=problem.progress,
             )
-            return trainer.run(loss.pieces, loss.training, loss.plain)
+            return trainer.run(
+                loss.pieces,
+                loss.training,
+                loss.plain,
+                resume=problem.resume,
+                progress=problem.progress,
+                generators=[loss.generator],
+            )
 
     def tune_network(
         self,
@@ -221,12 +229,5 @@ class GradientPTQ:
             loss = NetworkLoss(
                 adapter, teacher, samples, kind=self.loss, p=self.p, batch_size=self.batch_size, device=device
             )
-            trainer = Trainer(
-                adapter.module,
-                teacher,
-                self.recipe(),
-                name="network",
-                seed=seed + self.seed,
-                progress=progress,
-            )
-            return trainer.run(loss.pieces, loss.training, loss.training)
+            trainer = Trainer(adapter.module, teacher, self.recipe(), name="network", seed=seed + self.seed)
+            return trainer.run(loss.pieces, loss.training, loss.training, resume=resume, progress=progress)

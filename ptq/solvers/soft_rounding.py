@@ -126,6 +126,10 @@ class Relaxation(ABC):
         hard = self._hard(grid).clamp(self.code_min, self.code_max).to(self.dtype)
         return hard if self.learned is None else torch.where(self.learned, hard, self.settled)
 
+    def state(self) -> list[Tensor]:
+        """All that training changes, in place."""
+        return [self.V]
+
     @abstractmethod
     def _soft(self, grid: Grid) -> Tensor:
         """Soft Ŵ of all weights."""
@@ -171,6 +175,13 @@ class Between(Relaxation):
         self.ends = grid, grid.values(self.below), grid.values(self.above)  # kept while the grid stays
         self.sigmoid = softening.kind is not Kind.clipped_offset
         self.V = -torch.log((ZETA - GAMMA) / (h - GAMMA) - 1) if self.sigmoid else h
+        if softening.kind is Kind.progressive:
+            self.learned = torch.ones_like(self.free) if learned is None else learned.clone()
+
+    def state(self) -> list[Tensor]:
+        if self.softening.kind is Kind.progressive and self.learned is not None:
+            return [self.V, self.settled, self.learned]
+        return [self.V]
 
     def h(self) -> Tensor:
         """Fraction of the way, [groups, out, in] in [0, 1]."""
@@ -209,15 +220,16 @@ class Between(Relaxation):
         wanted = 1.0 if part == 0 else parts[part - 1]
         if progress >= 1:
             wanted = 0.0
-        learned = torch.ones_like(self.free) if self.learned is None else self.learned
+        learned = self.learned
+        assert learned is not None
         excess = int(learned.sum()) - math.ceil(wanted * learned.numel())
         if excess > 0:
             decided = torch.where(learned, (self.h() - 0.5).abs(), -torch.ones_like(self.V)).flatten()
             chosen = torch.zeros_like(learned).flatten()
             chosen[decided.topk(excess).indices] = True
             chosen = chosen.reshape(learned.shape)
-            self.settled = torch.where(chosen, self._hard(grid), self.settled)
-            self.learned = learned & ~chosen
+            self.settled[chosen] = self._hard(grid)[chosen]
+            learned &= ~chosen
 
     def undecided(self) -> float:
         if not self.sigmoid:

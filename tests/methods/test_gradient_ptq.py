@@ -120,14 +120,16 @@ def test_every_relaxation_on_every_kind_of_grid(choice, kind: str, grid: str) ->
 
 
 def test_only_hard_codes_are_left_and_they_are_decided(net) -> None:
-    quantized, report = run(net, "brecq", iterations=200, rounding_rate=0.1, schedule="constant")
+    quantized, report = run(
+        net, "brecq", iterations=200, rounding_rate=0.1, regularisation=0.1, schedule="constant"
+    )
     assert [t.unit for t in report.tuning] == ["stem", "blocks.0", "blocks.1", "head"]
     kinds = {type(m).__name__ for m in quantized.modules()}
     assert "SoftLayer" not in kinds
     assert sum(isinstance(m, QuantizedLayer) for m in quantized.modules()) == 6
     for tuned in report.tuning:
         assert tuned.undecided is not None
-        assert tuned.undecided < 0.01
+        assert tuned.undecided < 0.02
         assert tuned.steps == 200
         assert len(tuned.losses) == 100
     assert not any(

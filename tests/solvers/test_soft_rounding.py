@@ -138,7 +138,7 @@ def test_straight_through_gradients(kind: Kind) -> None:
     expected = {Kind.signed_offset: 0.5 * inside, Kind.weights: inside, Kind.division: -T[0, 0] * inside}
     if kind is Kind.full_range:
         assert_close(slope_V[0, 0], torch.full((5,), 0.5, dtype=torch.float64))
-        assert_close(slope.sum(), (rounding.codes(grid) - 1.0).sum())
+        assert_close(slope.sum(), (rounding.codes(grid) - 1).sum().double())
     else:
         assert_close(slope_V[0, 0], expected[kind])
         lsq = torch.where(inside > 0, rounding.codes(grid)[0, 0] - 1 - T[0, 0] / 0.5, 2.0)
