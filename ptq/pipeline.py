@@ -41,6 +41,7 @@ from ptq.plan import (
     skipped_parameters,
     trace,
 )
+from ptq.precision import products
 from ptq.problem import LayerProblem
 from ptq.rate import quantize_to_rate
 from ptq.rate_allocation import budget, check_allocation
@@ -409,7 +410,8 @@ class _Walk:
                 problem = LayerProblem(name, W, eye.expand(W.shape[0], -1, -1))
             try:
                 grid = self.grid if self.mixed is None else self.mixed.grid(name, self.grid)
-                codes, fitted = quantize_to_rate(self.method, problem, grid, width, self.bits.group_size)
+                with products(tf32=False):
+                    codes, fitted = quantize_to_rate(self.method, problem, grid, width, self.bits.group_size)
             except InputError as error:
                 raise InputError(f"layer {name!r} {list(W.shape)}: {error}") from error
             if self.budget is not None:

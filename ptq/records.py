@@ -25,9 +25,12 @@ IGNORED = (
 )
 
 
+LATER = {"tf32": False}  # keys that came later, with the value that all jobs before them had
+
+
 def config_hash(config: dict[str, Any]) -> str:
     """Twelve hex digits of everything in a resolved config that can change the result."""
-    relevant = {k: v for k, v in config.items() if k not in IGNORED}
+    relevant = {k: v for k, v in config.items() if k not in IGNORED and (k not in LATER or v != LATER[k])}
     return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 

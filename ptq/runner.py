@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 import re
-import resource
 import shutil
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -28,11 +25,13 @@ from ptq.data.draw import Samples, calibration_batches
 from ptq.data.held_out import HeldOut
 from ptq.dry_run import describe
 from ptq.errors import InputError
+from ptq.hardware import device_name, peak_memory_bytes
 from ptq.methods.method import check_pair
 from ptq.methods.selecting import SelectingMethod, chooses
 from ptq.mixed_precision import MixedBits, check_mixed
 from ptq.models.adapter import ModelAdapter
 from ptq.observers import Activations, check_activations
+from ptq.precision import products
 from ptq.preparation import NoPreparation, Preparation
 from ptq.records import RECORD, config_hash, finished, versions, write_json
 from ptq.resume import Resume, Store
@@ -68,9 +67,14 @@ class Settings:
     device: str
     progress: bool
     dry_run: bool
+    tf32: bool
     save_model: bool
+    save_every_s: float
     rerun: bool
-    save_every_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.save_every_s < 0:
+            raise InputError(f"save_every_s must not be negative; got {self.save_every_s}")
 
     def torch_device(self) -> torch.device:
         """The device that computes; InputError where it does not exist."""
@@ -144,7 +148,7 @@ def run(config: DictConfig, choices: dict[str, str]) -> dict[str, Any]:
         "versions": versions(),
     }
     try:
-        with isolated_seed(settings.seed):
+        with isolated_seed(settings.seed), products(tf32=settings.tf32):
             _execute(config, settings, plain, directory, record)
         record["status"] = "done"
     except Exception as error:
@@ -253,7 +257,7 @@ def _execute(
     """Fill `record` with what the job finds."""
     clock = _Clock()
     parts = prepare(config, settings)
-    record["device"] = _device_name(parts.device)
+    record["device"] = device_name(parts.device)
     clock.lap("load")
     if parts.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(parts.device)
@@ -307,7 +311,7 @@ def _execute(
         clock.lap("save")
     record["seconds"] = {**clock.laps, **report.seconds, "total": clock.total()}
     record["interruptions"] = store.spent.runs
-    record["peak_memory_bytes"] = max(_peak_memory_bytes(parts.device), store.spent.peak_memory_bytes)
+    record["peak_memory_bytes"] = max(peak_memory_bytes(parts.device), store.spent.peak_memory_bytes)
 
 
 def _store(settings: Settings, directory: Path, record: dict[str, Any], device: torch.device) -> Store:
@@ -316,7 +320,7 @@ def _store(settings: Settings, directory: Path, record: dict[str, Any], device: 
     if settings.rerun:
         shutil.rmtree(folder, ignore_errors=True)
     identity = {"config_hash": record["config_hash"], "versions": record["versions"], "device": device.type}
-    return Store(folder, identity, settings.save_every_s, lambda: _peak_memory_bytes(device))
+    return Store(folder, identity, settings.save_every_s, lambda: peak_memory_bytes(device))
 
 
 def _select(parts: Parts, settings: Settings, plain: dict[str, Any]) -> dict[str, Any]:
@@ -370,6 +374,7 @@ def _what_is_evaluated(parts: Parts, plain: dict[str, Any]) -> dict[str, Any]:
         "device": parts.device.type,
         "stamp": stamp,
         "torch": torch.__version__,
+        "tf32": plain["tf32"],
         **held_out,
     }
 
@@ -406,22 +411,6 @@ class _Clock:
 
     def total(self) -> float:
         return time.perf_counter() - self.start
-
-
-def _device_name(device: torch.device) -> str:
-    return (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
-    )
-
-
-def _peak_memory_bytes(device: torch.device) -> int:
-    """Peak of the device's allocator, or of the process on a CPU."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _check_writable(directory: Path) -> None:

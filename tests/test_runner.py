@@ -11,7 +11,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 import ptq
+from ptq import pipeline
 from ptq.config import CONF_DIR, choices
 from ptq.errors import InputError
 from ptq.records import config_hash, write_json
@@ -256,6 +259,67 @@ def test_killed_sweep_resumes(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
     assert said.count("already done") == len(stamps)
     assert said.count("| comq") + said.count("| rtn") >= 2
+
+
+def test_a_killed_job_goes_on_and_ends_with_the_same_bits(tmp_path: Path) -> None:
+    arguments = [
+        "method=rtn", "bits=w3", "tuning=block", "tuning.epochs=8", "calibration.batch_size=20", *FAST,
+        "save_every_s=0",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "experiments.run", *arguments, f"output_dir={tmp_path / 'killed'}"],
+        cwd=CONF_DIR.parent,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 240
+    while not list((tmp_path / "killed").rglob("resume/*.done.pt")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    said = command(*arguments, f"output_dir={tmp_path / 'killed'}")
+    assert "going on with a job that was interrupted" in said
+    command(*arguments, f"output_dir={tmp_path / 'whole'}")
+    [killed], [whole] = (list((tmp_path / name).rglob("record.json")) for name in ("killed", "whole"))
+    assert list(killed.parent.iterdir()) == [killed]
+    one, two = json.loads(killed.read_text()), json.loads(whole.read_text())
+    assert (one["interruptions"], two["interruptions"]) == (1, 0)
+    for record in (one, two):
+        for part in (*record["layers"], *record["tuning"]):
+            part.pop("seconds")
+    for key in ("quantized", "layers", "tuning", "bits_per_coefficient", "config_hash"):
+        assert one[key] == two[key], key
+    assert all(len(unit["losses"]) == unit["steps"] for unit in one["tuning"])
+    assert one["seconds"]["total"] > one["seconds"]["calibrate_and_quantize"] > one["seconds"]["tune"]
+
+
+def test_products_are_exact_unless_asked_for_and_always_in_solvers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, set[bool]] = {"capture": set(), "solve": set()}
+    outputs, solve = pipeline.unit_outputs, pipeline.quantize_to_rate
+
+    def spy(place: str, inner: Callable[..., Any]) -> Callable[..., Any]:
+        def look(*args: Any) -> Any:
+            seen[place].add(torch.backends.cudnn.allow_tf32 and torch.backends.cuda.matmul.allow_tf32)
+            return inner(*args)
+
+        return look
+
+    monkeypatch.setattr(pipeline, "unit_outputs", spy("capture", outputs))
+    monkeypatch.setattr(pipeline, "quantize_to_rate", spy("solve", solve))
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    hashes = []
+    for tf32 in (True, False):
+        record = run(config(tmp_path, f"tf32={tf32}", "tuning=block", "tuning.epochs=1"), CHOICES)
+        hashes.append(record["config_hash"])
+        assert seen == {"capture": {tf32}, "solve": {False}}
+        seen["capture"].clear()
+    assert hashes[0] != hashes[1]
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before
 
 
 def test_help_lists_the_choices_of_each_group() -> None:
