@@ -153,10 +153,10 @@ class RowWidthsGrid:
         return self._joined(lambda place, grid: grid.round(place.take(W)).to(code_dtype(self)))
 
     def values(self, codes: Tensor) -> Tensor:
-        """Ŵ; a code beyond its row's range, which no solver finds, counts as the end of the range."""
+        """Ŵ; a code beyond its row's range counts as the end of the range, here and elsewhere."""
 
         def own(place: _Place, grid: Grid) -> Tensor:
-            part = place.take(codes).clamp(grid.code_min, grid.code_max)
+            part = _within(grid, place.take(codes))
             return grid.values(part).expand(*part.shape)
 
         return self._joined(own)
@@ -172,7 +172,9 @@ class RowWidthsGrid:
 
     def refit(self, codes: Tensor, W: Tensor, H: Tensor) -> RowWidthsGrid:
         return self._mapped(
-            lambda width, place, grid: grid.refit(place.take(codes), place.take(W), place.gram(H))
+            lambda width, place, grid: grid.refit(
+                _within(grid, place.take(codes)), place.take(W), place.gram(H)
+            )
         )
 
     def where(self, better: Tensor, other: RowWidthsGrid) -> RowWidthsGrid:
@@ -201,7 +203,8 @@ class RowWidthsGrid:
         tensors: dict[str, Tensor] = {}
         inner: dict[str, Any] = {}
         for width, place in self.places.items():
-            own, inner[str(width)] = self.grids[width].storage(place.take(codes))
+            grid = self.grids[width]
+            own, inner[str(width)] = grid.storage(_within(grid, place.take(codes)))
             tensors |= {f"w{width}_{name}": tensor for name, tensor in own.items()}
         if _index_bits(self.widths):
             place_of = torch.searchsorted(torch.tensor(self.widths, device=self.rows.device), self.rows)
@@ -248,6 +251,11 @@ class RowWidthsGrid:
             for kind, size in self.grids[width].storage_bits(place.take(codes)).items():
                 total[kind] += size
         return total
+
+
+def _within(grid: Grid, codes: Tensor) -> Tensor:
+    """Codes inside the grid's range: solvers that clip by themselves know the widest row's range only."""
+    return codes.clamp(grid.code_min, grid.code_max)
 
 
 def _own(tensors: dict[str, Tensor], width: int) -> dict[str, Tensor]:

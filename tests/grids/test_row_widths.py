@@ -132,6 +132,16 @@ def test_refit_where_and_scaled_follow_the_inner_grids(choice) -> None:
     assert grid.code_span()[..., 0].tolist() == (2**spec.rows - 1).tolist()
 
 
+def test_a_code_beyond_its_rows_range_is_the_end_of_it(choice) -> None:
+    problem = random_problem(6, 12)
+    spec = RowWidths(inner=choice("grid", "affine"), rows=some_rows(1, 6), widths=WIDTHS)
+    grid = spec.fit(problem.W, 3)
+    beyond, ends = torch.full((1, 6, 12), 255), 2 ** spec.rows[..., None].expand(1, 6, 12) - 1
+    assert torch.equal(grid.values(beyond), grid.values(ends))
+    tensors, facts = grid.storage(beyond)
+    assert torch.equal(RowWidthsGrid.from_storage(tensors, facts)[1].long(), ends)
+
+
 def test_parameters_can_be_trained(choice) -> None:
     problem = random_problem(6, 12)
     spec = RowWidths(inner=choice("grid", "affine_float"), rows=some_rows(1, 6), widths=WIDTHS)
