@@ -10,8 +10,9 @@ import torch
 
 
 def device_name(device: torch.device) -> str:
+    """The GPU by its name, or the processor and the threads in use."""
     return (
-        torch.cuda.getdevice_name(device)
+        torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
     )
