@@ -37,7 +37,7 @@ def _changes(group: str, choice: str, values: dict[str, Any]) -> list[str]:
         return []
     found = []
     for key, value in flatten(values):
-        if key in usual and (usual[key] == value or "${" in str(usual[key])):
+        if not key or (key in usual and (usual[key] == value or "${" in str(usual[key]))):
             continue
         found.append(f"{'' if key in usual else '+'}{group}.{key}={_written(value)}")
     return found

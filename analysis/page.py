@@ -145,13 +145,14 @@ def _summary(cells: pd.DataFrame) -> Grid:
     for index, row in cells.iterrows():
         metric = METRICS.get(row["metric"])
         loss = drop(row["metric"], row["mean"], row["float"]) if metric else math.nan
+        spread = f" ± {metric.format(row['std'])}" if metric and row["n"] > 1 else ""
         failed = f", {row['failed']} failed" if row["failed"] else ""
         rows.append(
             [
                 Entry(model_title(row["model"])),
                 Entry(row["method"]),
                 Entry(row["bits"], row["bits_per_coefficient"]),
-                Entry(_result(metric, row["mean"], row["n"]), row["mean"], index in best),
+                Entry(_result(metric, row["mean"], row["n"]) + spread, row["mean"], index in best),
                 Entry(_result(metric, row["float"]), row["float"]),
                 Entry(paper_table.drop_text(row["metric"], loss), loss),
                 Entry(_number(row["bits_per_coefficient"], ".3f"), row["bits_per_coefficient"]),

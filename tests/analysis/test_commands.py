@@ -43,3 +43,8 @@ def test_the_command_composes_the_recorded_config() -> None:
 def test_a_choice_that_is_gone_is_still_named() -> None:
     content = {"config": {"choices": {"method": "forgotten"}, "method": {"x": 1}}}
     assert command(Record(Path("record.json"), content, 0.0)) == "ptq-run method=forgotten"
+
+
+def test_a_group_without_values_changes_nothing() -> None:
+    content = {"config": {"choices": {"method": "rtn", "data": "digits"}, "method": {}}}
+    assert command(Record(Path("record.json"), content, 0.0)) == "ptq-run data=digits method=rtn"

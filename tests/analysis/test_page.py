@@ -6,9 +6,13 @@ import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from record_factory import failed, record, write
 
+from analysis.collect import aggregate, collect_all
+from analysis.figures import Drawings
+from analysis.page import page
 from analysis.report import main, write_report
 
 VOID = {"meta", "input", "img", "br", "link"}
@@ -57,11 +61,11 @@ def text(sweep: Path) -> str:
 
 
 def test_the_page_is_sound_html_and_needs_no_network(text: str) -> None:
-    page = Page(text)
-    linked = [value for _, name, value in page.attributes if name in ("src", "href", "action", "srcset")]
+    parsed = Page(text)
+    linked = [value for _, name, value in parsed.attributes if name in ("src", "href", "action", "srcset")]
     assert linked
     assert all(value.startswith(("#", "data:image/svg+xml;base64,")) for value in linked)
-    assert {value[1:] for value in linked if value.startswith("#")} <= page.ids
+    assert {value[1:] for value in linked if value.startswith("#")} <= parsed.ids
     assert not re.search(r"@import|url\(|<link|<script[^>]* src", text)
 
 
@@ -79,6 +83,13 @@ def test_everything_is_on_the_page(text: str) -> None:
 def test_text_of_records_is_escaped(text: str) -> None:
     assert NASTY not in text
     assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; &amp; 50 %" in text
+
+
+def test_seeds_are_one_row_with_their_spread(tmp_path: Path) -> None:
+    found = collect_all([write(tmp_path, *(record(result=90.0 + s, seed=s) for s in range(3)))])
+    text = page("seeds", found, aggregate(found.frame), pd.DataFrame(), Drawings(), [])
+    assert "<b>91.00 ± 1.00</b>" in text
+    assert "seed 2" in text  # each job is listed
 
 
 def test_only_failed_jobs_still_make_a_page(tmp_path: Path) -> None:
@@ -107,16 +118,16 @@ def column(dom: str, section: str, place: int) -> list[str]:
 def test_a_browser_sorts_by_a_click(text: str, tmp_path: Path) -> None:
     heads = 'document.querySelectorAll("#summary th")'
     for clicks, wanted in ((1, ["90.00", "94.00", "96.00", "97.00", "failed"]), (2, None)):
-        page = tmp_path / f"{clicks}.html"
-        page.write_text(text + f"<script>for (let i = 0; i < {clicks}; i++) {heads}[3].click();</script>")
-        found = column(run_browser("--dump-dom", page.as_uri()), "summary", 3)
+        file = tmp_path / f"{clicks}.html"
+        file.write_text(text + f"<script>for (let i = 0; i < {clicks}; i++) {heads}[3].click();</script>")
+        found = column(run_browser("--dump-dom", file.as_uri()), "summary", 3)
         assert found == (wanted or ["97.00", "96.00", "94.00", "90.00", "failed"])
 
 
 @needs_browser
 def test_a_browser_shows_it(text: str, tmp_path: Path) -> None:
-    page, picture = tmp_path / "page.html", tmp_path / "page.png"
-    page.write_text(text)
-    run_browser("--window-size=1200,1600", f"--screenshot={picture}", page.as_uri())
+    file, picture = tmp_path / "page.html", tmp_path / "page.png"
+    file.write_text(text)
+    run_browser("--window-size=1200,1600", f"--screenshot={picture}", file.as_uri())
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size > 50_000  # a blank page has a tenth of that
