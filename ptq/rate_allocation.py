@@ -161,6 +161,7 @@ def equal_slopes(
     return {name: min(rate + short, most_bits) for name, rate in rates.items()}
 
 
+@torch.no_grad()
 def measure(
     adapter: ModelAdapter,
     batches: list[Any],

@@ -11,6 +11,7 @@ from ptq.config import build, choices, companion, load_choice
 from ptq.errors import InputError
 from ptq.grids.affine import Affine, Granularity
 from ptq.grids.column_scaled import ColumnScaled
+from ptq.grids.entropy import Entropy, Steps
 from ptq.methods.method import GridChecker, LayerMethod, RatedGridSpec, check_pair, wants
 from ptq.methods.selecting import SelectingMethod
 from ptq.problem import LayerProblem
@@ -94,7 +95,13 @@ def test_contract(choice, name: str, group_size: int | None) -> None:
     problem = random_problem(9, 24, dtype=torch.float32)
     W, H = problem.W.clone(), problem.H.clone()
     spec = choice("grid", method_grid(name))
-    if group_size is not None and isinstance(spec, Affine) and spec.granularity is Granularity.tensor:
+    if group_size is not None and name == "watersic_paper":
+        with pytest.raises(InputError, match=f"takes no group_size; got {group_size}"):
+            choice("method", name).quantize_layer(problem, spec, 4, group_size)
+        return
+    one_scale = isinstance(spec, Affine) and spec.granularity is Granularity.tensor
+    one_scale = one_scale or (isinstance(spec, Entropy) and spec.steps is Steps.layer)
+    if group_size is not None and one_scale:
         with pytest.raises(InputError, match=f"takes no group_size; got {group_size}"):
             spec.check(4, group_size)
         return
