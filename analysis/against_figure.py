@@ -14,12 +14,22 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from analysis.against import numeric, ordered
 from analysis.files import STYLE
 from analysis.names import METRICS, method_order
-from analysis.plotting import COLUMN_WIDTH, float_line, handles, log_axis, mark, panels, result_axis
+from analysis.plotting import (
+    COLUMN_WIDTH,
+    NOTE_COLOUR,
+    float_line,
+    handles,
+    log_axis,
+    mark,
+    panels,
+    result_axis,
+)
 from analysis.records import plain
 from analysis.tables import split_by_model
 
 HEIGHT = 1.9  # inches of a panel
 LINE_HEIGHT = 0.14  # inches of a word on the axis
+FLOAT_WITHIN = 2  # spans of the results that the float line may lie away from the nearest
 LOG_FROM = 8  # numbers that span more than this factor stand on a log axis
 ERROR_LABEL = "mean error of the layers"
 
@@ -31,7 +41,8 @@ def draw_against(points: pd.DataFrame, key: str) -> Figure:
     words = not numeric(list(points["value"]))
     height = max(HEIGHT, 0.6 + LINE_HEIGHT * points["value"].nunique()) if words else HEIGHT
     with mpl.rc_context(fname=STYLE):
-        entries = handles(labels, with_lines=not words)
+        drawn = words or any(_is_near(_finite(b["mean"]), b["float"].dropna()) for _, b in blocks)
+        entries = handles(labels, with_lines=not words, with_float=drawn)
         figure, axes = panels(2 * len(blocks), 2, COLUMN_WIDTH, height, entries)
         for row, (title, block) in enumerate(blocks):
             left, right = axes[2 * row : 2 * row + 2]
@@ -57,11 +68,25 @@ def _draw_numbers(left: Axes, right: Axes, block: pd.DataFrame, labels: Sequence
         axis.xaxis.set_minor_locator(NullLocator())
         axis.set_xticks(values, [plain(value) for value in values])
         axis.set_xlabel(key)
-    scale = result_axis(left, metric, _finite(pd.concat([block["mean"], block["float"]])))
+    results, before = _finite(block["mean"]), block["float"].dropna()
+    near = _is_near(results, before)
+    scale = result_axis(left, metric, pd.concat([results, before]) if near else results)
     left.set_ylabel(f"{metric.title}, {metric.direction}{scale}")
     _error_axis(right, block)
     right.set_ylabel(ERROR_LABEL)
-    float_line(left, metric, block["float"].dropna())
+    if near:
+        float_line(left, metric, before)
+    elif len(before):
+        note = f"float {metric.format(before.mean())}, off the axis"
+        left.set_title(note, loc="right", fontsize=mpl.rcParams["xtick.labelsize"], color=NOTE_COLOUR)
+
+
+def _is_near(results: pd.Series, before: pd.Series) -> bool:
+    """Whether an axis that reaches to the float result still shows how the results differ."""
+    if results.empty or before.empty:
+        return False
+    distance = (results - before.mean()).abs()
+    return bool(distance.min() <= FLOAT_WITHIN * max(results.max() - results.min(), 1e-9))
 
 
 def _draw_words(left: Axes, right: Axes, block: pd.DataFrame, labels: Sequence[str]) -> None:

@@ -88,6 +88,14 @@ def test_markdown_and_figure_of_numbers(tmp_path: Path) -> None:
     assert left.get_lines()[0].get_ydata().tolist() == [80, 81.5, 90]
 
 
+def test_a_float_result_far_away_is_told_and_not_drawn(tmp_path: Path) -> None:
+    options = {"metric": "perplexity", "before": 3.56}
+    found = points(tmp_path, "method.sweeps", swept(1, 20.0, **options), swept(2, 21.0, **options))
+    left, *_ = draw_against(found, "method.sweeps").axes
+    assert left.get_title(loc="right") == "float 3.56, off the axis"
+    assert left.get_ylim()[0] > 3.56
+
+
 def test_words_stand_in_rows_the_best_on_top(tmp_path: Path) -> None:
     jobs = [functions("log", 10), functions("sin", 97), functions("linear", 95)]
     found = points(tmp_path, "grid.functions", *jobs)
