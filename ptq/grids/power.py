@@ -12,7 +12,7 @@ Shapes: W, codes [groups, out, in]; scale [groups, out, units]; log_exponent [1,
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -133,14 +133,12 @@ class PowerGrid:
     in_features: int
     group_size: int | None
     parameter_bits: int
+    code_min: int = field(init=False)
+    code_max: int = field(init=False)
 
-    @property
-    def code_max(self) -> int:
-        return 2 ** (self.bits - 1) - 1
-
-    @property
-    def code_min(self) -> int:
-        return -self.code_max
+    def __post_init__(self) -> None:
+        self.code_max = 2 ** (self.bits - 1) - 1
+        self.code_min = -self.code_max
 
     @property
     def shared(self) -> bool:

@@ -62,10 +62,12 @@ class GridVariables:
         """Low and high end of each unit times 1 + variable; an integer zero point is rounded anew."""
         low_factor, high_factor = 1 + self.variables["low"], 1 + self.variables["high"]
         steps = start.code_max - start.code_min
-        if start.zero_point is None and start.offset is None:
+        if start.offset is not None:
+            shift = start.offset
+        elif start.zero_point is not None:
+            shift = -start.scale * start.zero_point
+        else:
             return replace(start, scale=start.scale * high_factor)
-        shift = start.offset if start.offset is not None else -start.scale * start.zero_point
-        assert shift is not None
         low = shift * low_factor
         scale = ((shift + start.scale * steps) * high_factor - low) / steps
         scale = torch.where(scale.abs() < 1e-3 * start.scale.abs(), 1e-3 * start.scale, scale)
