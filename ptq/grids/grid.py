@@ -19,8 +19,13 @@ class Grid(Protocol):
     [code_min, code_max].
     """
 
-    code_min: int
-    code_max: int
+    @property
+    def code_min(self) -> int:
+        """The least code."""
+
+    @property
+    def code_max(self) -> int:
+        """The greatest code."""
 
     @property
     def shared(self) -> bool:
