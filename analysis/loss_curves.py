@@ -16,9 +16,8 @@ from matplotlib.figure import Figure
 from analysis.collect import Collection
 from analysis.files import STYLE
 from analysis.names import method_order
-from analysis.plotting import handles, log_axis, mark, panels, strips, wide
+from analysis.plotting import handles, log_axis, mark, panels, strip_rows, wide
 from analysis.records import number
-from analysis.tables import split_by_model
 
 COLUMNS = ["model", "data", "method", "bits", "seed", "unit", "step", "loss"]
 GRID = np.linspace(0.0, 1.0, 101)  # fractions of a training at which curves are averaged
@@ -59,14 +58,7 @@ def mean_curve(points: pd.DataFrame) -> np.ndarray | None:
 
 def draw_losses(points: pd.DataFrame, settings: Sequence[str]) -> Figure:
     """A row of panels per model, a panel per bits setting: x the part of the steps done, y the loss."""
-    blocks = split_by_model(points)
-    present = [[each for each in settings if each in set(block["bits"])] for _, block in blocks]
-    columns = min(3, max(map(len, present)))
-    rows = [
-        (title, block, strip)
-        for (title, block), own in zip(blocks, present, strict=True)
-        for strip in strips(own, columns)
-    ]
+    rows, columns = strip_rows(points, settings)
     with mpl.rc_context(fname=STYLE):
         labels = sorted(set(points["method"]), key=method_order)
         entries = handles(labels, with_float=False, with_markers=False)

@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from analysis.names import Metric, method_family, method_order, short_labels
+from analysis.tables import split_by_model
 
 COLUMN_WIDTH = 3.35  # inches: one column of a two-column page
 NARROW_WIDTH = 2.3  # three panels side by side on a page
@@ -163,6 +164,21 @@ def wide(columns: int) -> float:
 def strips(settings: Sequence[str], columns: int = 3) -> list[list[str]]:
     """Settings in rows of `columns` panels."""
     return [list(settings[start : start + columns]) for start in range(0, len(settings), columns)]
+
+
+def strip_rows(
+    points: pd.DataFrame, settings: Sequence[str], columns: int = 3
+) -> tuple[list[tuple[str, pd.DataFrame, list[str]]], int]:
+    """Rows of panels (title, points of one model, bits settings), and the panels that a row has."""
+    blocks = split_by_model(points)
+    present = [[each for each in settings if each in set(block["bits"])] for _, block in blocks]
+    columns = min(columns, max(map(len, present)))
+    rows = [
+        (title, block, strip)
+        for (title, block), own in zip(blocks, present, strict=True)
+        for strip in strips(own, columns)
+    ]
+    return rows, columns
 
 
 def is_bottom(position: int, count: int, columns: int) -> bool:

@@ -27,7 +27,7 @@ from analysis.plotting import (
     mark,
     panels,
     result_axis,
-    strips,
+    strip_rows,
     wide,
 )
 from analysis.tables import block_metric, split_by_model
@@ -55,14 +55,7 @@ def time_points(cells: pd.DataFrame) -> pd.DataFrame:
 
 def draw_times(points: pd.DataFrame, settings: Sequence[str], labels: Sequence[str] = ()) -> Figure:
     """A row of panels per model, a panel per bits setting: x the seconds on a log axis, y the result."""
-    blocks = split_by_model(points)
-    present = [[each for each in settings if each in set(block["bits"])] for _, block in blocks]
-    columns = min(3, max(map(len, present)))
-    rows = [
-        (title, block, strip)
-        for (title, block), own in zip(blocks, present, strict=True)
-        for strip in strips(own, columns)
-    ]
+    rows, columns = strip_rows(points, settings)
     with mpl.rc_context(fname=STYLE):
         shown = sorted(set(points["method"]), key=method_order)
         labels, direct = labels or shown, labelled_directly(shown)

@@ -1,6 +1,6 @@
 """Methods that quantize the network as one: what they are given, and how the pipeline calls them.
 
-The counterpart of the walk in ptq/pipeline.py. BatchNorms are folded and the network is traced first, so a
+The counterpart of the walk in ptq/walk.py. BatchNorms are folded and the network is traced first, so a
 model that cannot be traced is refused before anything is computed.
 """
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ptq import pipeline, resume
+from ptq import pipeline, resume, walk
 from ptq.errors import InputError
 from ptq.layers import QuantizedLayer
 from ptq.models.adapter import ModelAdapter
@@ -145,9 +145,9 @@ def test_a_walk_cut_after_any_unit_ends_the_same(
     assert (kept.spent.runs, kept.spent.peak_memory_bytes) == (1, 7)
     assert kept.spent.seconds > 0
     solved: list[str] = []
-    solve = pipeline.quantize_to_rate
+    solve = walk.quantize_to_rate
     monkeypatch.setattr(
-        pipeline,
+        walk,
         "quantize_to_rate",
         lambda m, problem, *a: solved.append(problem.name) or solve(m, problem, *a),
     )

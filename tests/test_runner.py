@@ -22,7 +22,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 import ptq
-from ptq import pipeline
+from ptq import walk
 from ptq.config import CONF_DIR, choices
 from ptq.errors import InputError
 from ptq.records import config_hash, write_json
@@ -300,7 +300,7 @@ def test_products_are_exact_unless_asked_for_and_always_in_solvers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, set[bool]] = {"capture": set(), "solve": set()}
-    outputs, solve = pipeline.unit_outputs, pipeline.quantize_to_rate
+    outputs, solve = walk.unit_outputs, walk.quantize_to_rate
 
     def spy(place: str, inner: Callable[..., Any]) -> Callable[..., Any]:
         def look(*args: Any) -> Any:
@@ -309,8 +309,8 @@ def test_products_are_exact_unless_asked_for_and_always_in_solvers(
 
         return look
 
-    monkeypatch.setattr(pipeline, "unit_outputs", spy("capture", outputs))
-    monkeypatch.setattr(pipeline, "quantize_to_rate", spy("solve", solve))
+    monkeypatch.setattr(walk, "unit_outputs", spy("capture", outputs))
+    monkeypatch.setattr(walk, "quantize_to_rate", spy("solve", solve))
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     hashes = []
     for tf32 in (True, False):

@@ -166,7 +166,7 @@ class _Walk:
             if kind in REDUCTIONS:
                 return self._reduced(node, x)
             if kind in PADS and _pads_with_zero(node):
-                return torch.nn.functional.pad(x, list(node.args[1]), value=ANY)  # type: ignore[arg-type]
+                return torch.nn.functional.pad(x, list(node.args[1]), value=ANY)  # type: ignore[arg-type]  # sizes
             if kind in ("add", "sub") and len(given) > 1 and isinstance(given[1], Tensor):
                 return self._tie(x, given[1])
             if kind in ("mul", "div"):
@@ -215,7 +215,7 @@ class _Walk:
         owner, _, leaf = self.parameters.get(getattr(weight, "name", ""), "").rpartition(".")
         value = node.meta["val"]
         axis = value.dim() - 1 if kind == "layer_norm" else 1
-        if leaf != "weight" or (kind == "layer_norm" and len(node.args[1]) != 1):  # type: ignore[arg-type]
+        if leaf != "weight" or (kind == "layer_norm" and len(node.args[1]) != 1):  # type: ignore[arg-type]  # a shape
             return _real(value)
         if owner not in self.norms:
             self.norms[owner] = self._fresh(value.shape[axis])
@@ -357,7 +357,7 @@ def _real(value: Any) -> Any:
 
 def _run(node: Node, units: dict[Node, Any]) -> Any:
     """The operation itself, on units."""
-    function: Callable[..., Any] = node.target  # type: ignore[assignment]
+    function: Callable[..., Any] = node.target  # type: ignore[assignment]  # no name, as call_function nodes hold the function
     args = torch.fx.map_arg(node.args, lambda n: units[n])
     kwargs = torch.fx.map_arg(node.kwargs, lambda n: units[n])
     return function(*args, **kwargs)
