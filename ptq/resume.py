@@ -103,18 +103,19 @@ class Store:
     def _write(self) -> None:
         started = time.monotonic()
         try:
-            for key, (content, ends) in self.pending.items():
-                write_bytes(self._path(key), content)
-                if ends is not None:
-                    for path in self.folder.glob(f"{ends}*.pt"):
-                        if path != self._path(key):
-                            path.unlink(missing_ok=True)
+            # first whose work it is: states without it are of no use to the next run
             spent = Spent(
                 runs=self.spent.runs + 1,
                 seconds=self.spent.seconds + started - self.start,
                 peak_memory_bytes=max(self.spent.peak_memory_bytes, self.peak_memory()),
             )
             write_json(self.folder / ABOUT, {"identity": self.identity, "spent": asdict(spent)})
+            for key, (content, ends) in self.pending.items():
+                write_bytes(self._path(key), content)
+                if ends is not None:
+                    for path in self.folder.glob(f"{ends}*.pt"):
+                        if path != self._path(key):
+                            path.unlink(missing_ok=True)
         except OSError as error:  # the job itself does not need the folder
             log.warning(
                 "work so far cannot be saved in %s; an interruption would lose it: %s", self.folder, error

@@ -256,6 +256,20 @@ def test_a_full_disk_does_not_stop_the_job(
     assert caplog.text.count("no space left") == 1
 
 
+def test_a_kill_right_after_the_first_state_loses_nothing(tmp_path: Path, monkeypatch) -> None:
+    write = resume.write_bytes
+
+    def killed(path: Path, content: bytes) -> None:
+        write(path, content)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resume, "write_bytes", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Resume(store(tmp_path)).keep("a", lambda: 1)
+    assert Resume(store(tmp_path)).load("a") == 1
+
+
 def test_slow_writes_are_rare(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(resume, "SHARE", 0.05)
     clock = [0.0]
