@@ -25,7 +25,7 @@ from ptq.allocation import Allocation
 from ptq.errors import InputError
 from ptq.grids.affine import normal_equations
 from ptq.grids.grid import check_group_size
-from ptq.grids.row_scaled import RowScaled
+from ptq.grids.scaled import RowScaled
 from ptq.problem import LayerProblem
 from ptq.solvers.error_feedback import prepare
 from ptq.storage import pack_parameter, unpack_parameter
@@ -106,7 +106,7 @@ class Entropy:
             largest = torch.where(largest > 0, largest, torch.ones_like(largest))
             row_scale = unpack_parameter(*pack_parameter(largest, 16)).to(W)
             inner = self.fit_steps(W / row_scale, bits, group_size, H)
-            return RowScaled(inner=inner, row_scale=row_scale, row_bits=16)
+            return RowScaled(inner=inner, scale=row_scale, scale_bits=16)
         return self.fit_steps(W, bits, group_size, H)
 
     def fit_steps(

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from ptq.errors import InputError
-from ptq.grids.column_scaled import ColumnScaled
 from ptq.grids.grid import Grid
+from ptq.grids.scaled import ColumnScaled
 from ptq.methods.method import GridSpec
 from ptq.problem import LayerProblem
 from ptq.solvers.nearest import nearest
@@ -85,13 +85,13 @@ class AWQ:
             V = V.clamp(-clip, clip)
         H = problem.H * scale.to(problem.H.dtype) * scale.to(problem.H.dtype).mT
         inner = grid.fit(V, bits, group_size, H)
-        return ColumnScaled(inner=inner, column_scale=scale, column_bits=COLUMN_BITS)
+        return ColumnScaled(inner=inner, scale=scale, scale_bits=COLUMN_BITS)
 
     def _clipped(
         self, problem: LayerProblem, grid: GridSpec, bits: float, group_size: int | None, fitted: ColumnScaled
     ) -> Solution:
         """`fitted` with each unit clipped as its own inputs like best, in the rows that gain by it in all."""
-        scale = fitted.column_scale
+        scale = fitted.scale
         largest = magnitudes(problem.T / scale, group_size, shared=fitted.shared)
         columns = torch.arange(problem.T.shape[-1], device=scale.device) // (
             group_size or problem.T.shape[-1]

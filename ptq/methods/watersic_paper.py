@@ -23,10 +23,9 @@ import torch
 from torch import Tensor
 
 from ptq.errors import InputError
-from ptq.grids.column_scaled import ColumnScaled
 from ptq.grids.entropy import Entropy, Rows, Steps
 from ptq.grids.grid import Grid
-from ptq.grids.row_scaled import RowScaled
+from ptq.grids.scaled import ColumnScaled, RowScaled
 from ptq.methods.method import GridSpec
 from ptq.methods.watersic import cell
 from ptq.problem import LayerProblem
@@ -101,14 +100,14 @@ class PublishedWaterSIC:
         steps = cell(fitted, feedback).sqrt() * feedback.weight().double().rsqrt()  # [groups, in]
         uniform = replace(fitted, octaves=torch.zeros_like(fitted.octaves))
         relative = (steps / float(uniform.step)).to(alive.T.dtype)[:, None]
-        grid = ColumnScaled(inner=uniform, column_scale=relative, column_bits=FACTOR_BITS)
+        grid = ColumnScaled(inner=uniform, scale=relative, scale_bits=FACTOR_BITS)
         shrinking = _Shrinking(grid=grid, shrink=self.shrink)
         codes, _ = error_feedback(alive, shrinking, feedback)  # type: ignore[arg-type]  # rounds columns only
         g, t = self._factors(problem, grid.values(codes).double(), shrinking.factors(codes))
         column_scale = (relative.double() * torch.where(g == 0, 1.0, g)[:, None]).to(relative.dtype)
         row_scale = torch.where(t == 0, 1.0, t)[..., None].to(relative.dtype)
-        scaled = ColumnScaled(inner=uniform, column_scale=column_scale, column_bits=FACTOR_BITS)
-        return codes, RowScaled(inner=scaled, row_scale=row_scale, row_bits=FACTOR_BITS).as_stored()
+        scaled = ColumnScaled(inner=uniform, scale=column_scale, scale_bits=FACTOR_BITS)
+        return codes, RowScaled(inner=scaled, scale=row_scale, scale_bits=FACTOR_BITS).as_stored()
 
     def _factors(self, problem: LayerProblem, W0: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         """γ [groups, in] and t [groups, out] by alternating least squares for W0 = Z A, from γ = g, t = 1."""

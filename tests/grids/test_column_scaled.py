@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ptq.checkpoint import load, quantized_bytes, save
-from ptq.grids.column_scaled import ColumnScaled
+from ptq.grids.scaled import ColumnScaled
 from ptq.layers import quantized_layer
 from ptq.problem import LayerProblem
 from ptq.solvers.coordinate_descent import Order, coordinate_descent
@@ -26,9 +26,7 @@ def columns(groups: int, inputs: int, seed: int = 3) -> Tensor:
 
 
 def fitted(choice, inner: str, W: Tensor, bits: int, group_size: int | None, c: Tensor) -> ColumnScaled:
-    grid = ColumnScaled(
-        inner=choice("grid", inner).fit(W / c, bits, group_size), column_scale=c, column_bits=16
-    )
+    grid = ColumnScaled(inner=choice("grid", inner).fit(W / c, bits, group_size), scale=c, scale_bits=16)
     return grid.as_stored()
 
 
@@ -40,7 +38,7 @@ def test_values_come_back_exactly_and_through_storage(choice, inner: str, group_
     codes = grid.round(W)
     values = grid.values(codes)
     assert_close(grid.round(values), codes)
-    assert_close(values / grid.column_scale, grid.inner.values(codes))
+    assert_close(values / grid.scale, grid.inner.values(codes))
     tensors, facts = grid.storage(codes)
     again, codes_again = ColumnScaled.from_storage(tensors, facts)
     assert torch.equal(codes_again, codes)
@@ -87,7 +85,7 @@ def test_solvers_see_the_problem_in_scaled_inputs(choice, solver: str) -> None:
     """Codes for (W, H) on c × grid are those for (W / c, c H c) on the grid itself."""
     problem, c = random_problem(5, 14, groups=2), columns(2, 14)
     grid = fitted(choice, "affine", problem.W, 3, None, c)
-    c = grid.column_scale
+    c = grid.scale
     scaled = LayerProblem("scaled", problem.W / c, problem.H * c * c.mT)
     if solver == "coordinate_descent":
         codes = coordinate_descent(problem, grid, sweeps=3)
@@ -106,7 +104,7 @@ def test_refit_is_least_squares_and_never_raises_the_objective(
     problem = random_problem(4, 12)
     grid = fitted(choice, inner, problem.W, 2, group_size, columns(1, 12))
     grid = replace(
-        grid, inner=choice("grid", inner, parameter_bits=32).fit(problem.W / grid.column_scale, 2, group_size)
+        grid, inner=choice("grid", inner, parameter_bits=32).fit(problem.W / grid.scale, 2, group_size)
     )
     codes = grid.round(problem.W)
     after = problem.error(grid.refit(codes, problem.W, problem.H).values(codes))
@@ -118,8 +116,7 @@ def test_refit_is_least_squares_and_never_raises_the_objective(
 
     def values(*parameters: Tensor) -> Tensor:
         return (
-            grid.inner.with_parameters(dict(zip(names, parameters, strict=True))).values(codes)
-            * grid.column_scale
+            grid.inner.with_parameters(dict(zip(names, parameters, strict=True))).values(codes) * grid.scale
         )
 
     jacobians = torch.autograd.functional.jacobian(values, tuple(own[n] for n in names))
@@ -144,7 +141,7 @@ def test_scaled_where_and_replace_unit_follow_the_inner_grid(choice) -> None:
     expected = torch.cat([values[..., :5], unit.values(codes[..., 5:])], -1)
     assert_close(grid.replace_unit(1, unit).values(codes), expected)
     with pytest.raises(ValueError, match="different column scales"):
-        grid.where(better, replace(grid, column_scale=2 * grid.column_scale))
+        grid.where(better, replace(grid, scale=2 * grid.scale))
 
 
 def test_all_parameters_can_be_trained(choice) -> None:

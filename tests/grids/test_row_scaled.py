@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ptq.grids.column_scaled import ColumnScaled
-from ptq.grids.row_scaled import RowScaled
+from ptq.grids.scaled import ColumnScaled, RowScaled
 from tests.conftest import random_problem
 
 
@@ -21,10 +20,10 @@ def test_values_come_back_exactly_and_through_storage(choice, inner: str) -> Non
     problem = random_problem(7, 13, groups=2, dtype=torch.float32)
     t = rows(2, 7)
     spec = choice("grid", inner)
-    grid = RowScaled(inner=spec.fit(problem.W / t, 3, None, problem.H), row_scale=t, row_bits=16).as_stored()
+    grid = RowScaled(inner=spec.fit(problem.W / t, 3, None, problem.H), scale=t, scale_bits=16).as_stored()
     codes = grid.round(problem.W)
     values = grid.values(codes)
-    torch.testing.assert_close(values, grid.inner.values(codes) * grid.row_scale)
+    torch.testing.assert_close(values, grid.inner.values(codes) * grid.scale)
     for column in (0, 12):
         code, value = grid.round_column(problem.W[..., column], column)
         assert torch.equal(code.to(codes.dtype), codes[..., column])
@@ -43,8 +42,8 @@ def test_rows_and_columns_together(choice) -> None:
     W = random_problem(5, 8).W.float()
     c = torch.linspace(0.5, 2, 8).expand(1, 1, 8)
     inner = choice("grid", "entropy").fit(W / rows(1, 5) / c, 4)
-    columns = ColumnScaled(inner=inner, column_scale=c, column_bits=16)
-    grid = RowScaled(inner=columns, row_scale=rows(1, 5), row_bits=16).as_stored()
+    columns = ColumnScaled(inner=inner, scale=c, scale_bits=16)
+    grid = RowScaled(inner=columns, scale=rows(1, 5), scale_bits=16).as_stored()
     codes = grid.round(W)
     again, codes_again = RowScaled.from_storage(*grid.storage(codes))
     assert torch.equal(again.values(codes_again), grid.values(codes))
@@ -65,11 +64,11 @@ def test_rows_choose_for_themselves_only_where_they_share_nothing(choice) -> Non
     W, t = random_problem(4, 6).W.float(), rows(1, 4)
     better = torch.tensor([[True, False, True, False]])
     one, two = (
-        RowScaled(inner=choice("grid", "affine").fit(W, b), row_scale=k * t, row_bits=32)
+        RowScaled(inner=choice("grid", "affine").fit(W, b), scale=k * t, scale_bits=32)
         for b, k in ((3, 1), (3, 2))
     )
     mixed = one.where(better, two)
-    assert torch.equal(mixed.row_scale[0, :, 0], torch.where(better[0], t[0, :, 0], 2 * t[0, :, 0]))
+    assert torch.equal(mixed.scale[0, :, 0], torch.where(better[0], t[0, :, 0], 2 * t[0, :, 0]))
     shared = choice("grid", "entropy_rows").fit(W, 3)
     other = shared.scaled(2)
     assert shared.where(better, other) is other

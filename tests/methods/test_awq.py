@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from ptq.config import CONF_DIR
 from ptq.errors import InputError
-from ptq.grids.column_scaled import ColumnScaled
+from ptq.grids.scaled import ColumnScaled
 from ptq.methods.awq import column_scale, unit_errors
 from ptq.problem import LayerProblem
 from ptq.runner import run
@@ -70,7 +70,7 @@ def test_uniform_inputs_need_no_column_scales(choice) -> None:
         problem, choice("grid", "affine"), 3, None
     )
     assert isinstance(grid, ColumnScaled)
-    assert torch.equal(grid.column_scale, torch.ones(1, 1, 20, dtype=torch.float64))
+    assert torch.equal(grid.scale, torch.ones(1, 1, 20, dtype=torch.float64))
     plain = choice("grid", "affine").fit(W, 3)
     assert torch.equal(codes, plain.round(W))
 
@@ -83,7 +83,7 @@ def test_a_channel_of_much_larger_inputs_is_kept_finer(choice, granularity: str)
     salient = LayerProblem("salient", problem.W, problem.H * gain * gain[:, None])
     spec = choice("grid", "affine", granularity=granularity)
     codes, grid = choice("method", "awq").quantize_layer(salient, spec, 3, None)
-    assert int(grid.column_scale[0, 0].argmin()) == 5
+    assert int(grid.scale[0, 0].argmin()) == 5
     plain = spec.fit(salient.W, 3)
     error = salient.relative_error(grid.values(codes))
     assert error < 0.5 * salient.relative_error(plain.values(plain.round(salient.W)))

@@ -10,8 +10,8 @@ import torch
 from ptq.config import build, choices, companion, load_choice
 from ptq.errors import InputError
 from ptq.grids.affine import Affine, Granularity
-from ptq.grids.column_scaled import ColumnScaled
 from ptq.grids.entropy import Entropy, Steps
+from ptq.grids.scaled import ColumnScaled
 from ptq.methods.method import GridChecker, LayerMethod, RatedGridSpec, check_pair, wants
 from ptq.methods.selecting import SelectingMethod
 from ptq.problem import LayerProblem

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ptq.errors import InputError
-from ptq.grids.row_scaled import RowScaled
+from ptq.grids.scaled import RowScaled
 from ptq.limit import limit_error
 from ptq.problem import LayerProblem
 from ptq.rate import quantize_to_rate
@@ -44,7 +44,7 @@ def test_the_residual_of_successive_rounding_is_inside_the_cube(choice) -> None:
     L = torch.linalg.cholesky(problem.H[0])
     residual = (problem.T - grid.values(codes))[0].double() @ L
     # the widths of the cells, c, are one for all inputs
-    steps = grid.inner.column_scale[0, 0].double() * float(grid.inner.inner.step)
+    steps = grid.inner.scale[0, 0].double() * float(grid.inner.inner.step)
     widths = steps * L.diagonal()
     torch.testing.assert_close(widths, widths.mean().expand(24), rtol=1e-3, atol=0)
     assert float(residual.abs().max()) <= 0.5 * float(widths.max()) * 1.01
