@@ -12,11 +12,12 @@ from torch.utils.hooks import RemovableHandle
 
 from ptq.calibration import Calibration, Inputs, Target
 from ptq.layers import weight_matrix
-from ptq.methods.method import stored_size
+from ptq.methods.method import RatedGridSpec, stored_size
 from ptq.mixed_precision import MixedBits, Rounding, budget_bits
 from ptq.plan import Plan, allocate, allocate_activations, skipped_parameters, trace
 from ptq.problem import LayerProblem
 from ptq.rate import quantize_to_rate
+from ptq.rate_allocation import common_rate
 from ptq.whole_network import WholeNetworkMethod
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ def describe(parts: Parts, directory: Path) -> str:
     tokens, forward_seconds, plan = _trace(parts, module, batch)
     allocation = allocate(adapter, plan, parts.bits)
     inputs = allocate_activations(adapter, plan, parts.bits, allocation)
+    if isinstance(parts.grid, RatedGridSpec):
+        rate = common_rate(adapter, allocation, parts.bits.weight)
+        allocation = {name: rate if w == parts.bits.weight else w for name, w in allocation.items()}
     lines = [
         f"{'layer':40} {'groups × out × in':>20} {'bits':>6} {'input bits':>11} {'bits/coefficient':>17}"
     ]

@@ -122,18 +122,41 @@ def budget(
 ) -> Budget | None:
     """The budget of a float model on a rated grid; None on a grid of fixed width.
 
-    `allocation` holds each layer's bits as the config has them: layers with bits.weight share the budget,
-    those with bits of their own keep them.
+    `allocation` holds each layer's bits as the config has them: layers with bits.weight share what those with
+    bits of their own leave.
     """
     if not isinstance(grid, RatedGridSpec):
         return None
     shared = [name for name, width in allocation.items() if width == bits.weight]
     counts = {name: weight_matrix(adapter.module.get_submodule(name)).numel() for name in shared}
-    rates = dict.fromkeys(shared, bits.weight)
+    rate = common_rate(adapter, allocation, bits.weight)
+    rates = dict.fromkeys(shared, rate)
     if grid.allocation is not Allocation.equal_rate and shared:
         sources = measure(adapter, batches, shared, grid.allocation, grid.allocation_samples, seed)
-        rates = equal_slopes(sources, counts, bits.weight, grid.most_bits)
+        rates = equal_slopes(sources, counts, rate, grid.most_bits)
     return Budget(rates=rates, counts=counts, most_bits=grid.most_bits)
+
+
+def common_rate(adapter: ModelAdapter, allocation: dict[str, float | None], mean_rate: float) -> float:
+    """Bits per weight of the layers without bits of their own, for `mean_rate` over all quantized layers.
+
+    Raises InputError where the others leave nothing.
+    """
+    widths = {name: width for name, width in allocation.items() if width is not None}
+    counts = {name: weight_matrix(adapter.module.get_submodule(name)).numel() for name in widths}
+    own = {name: width for name, width in widths.items() if width != mean_rate}
+    shared = sum(counts.values()) - sum(counts[name] for name in own)
+    if not shared:
+        return mean_rate
+    taken = sum(width * counts[name] for name, width in own.items())
+    rate = (mean_rate * sum(counts.values()) - taken) / shared
+    if rate < min(LOWEST_RATE, mean_rate):
+        raise InputError(
+            f"bits.weight={mean_rate:g} is the mean of all quantized layers here, and "
+            f"{', '.join(sorted(own)[:4])} with bits of their own take {taken / sum(counts.values()):.3f} of "
+            "it: raise bits.weight, or lower bits.first_last and bits.layers"
+        )
+    return rate
 
 
 def equal_slopes(

@@ -139,8 +139,8 @@ def test_the_network_loss_is_half_the_weighted_error() -> None:
     assert sum(divergences) / 20 == pytest.approx(expected, rel=0.15)
 
 
-@pytest.mark.parametrize("allocation", ["equal_rate", "layer_error", "network_loss"])
-def test_the_file_meets_the_budget(choice, allocation: str) -> None:
+def images() -> tuple[ModelAdapter, torch.Tensor]:
+    """A small network of two convolutions and a head, and what it sees."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         module = nn.Sequential(
@@ -151,18 +151,41 @@ def test_the_file_meets_the_budget(choice, allocation: str) -> None:
             nn.Linear(96, 10),
         ).eval()
         X = torch.randn(64, 3, 12, 12)
-    adapter = ModelAdapter(name="m", module=module, task="any", forward=lambda m, x: m(x))
+    return ModelAdapter(name="m", module=module, task="any", forward=lambda m, x: m(x)), X
+
+
+@pytest.mark.parametrize("first_last", [None, 2.5])
+@pytest.mark.parametrize("allocation", ["equal_rate", "layer_error", "network_loss"])
+def test_the_file_meets_the_budget(choice, allocation: str, first_last: float | None) -> None:
+    adapter, X = images()
     report = quantize(
         adapter,
         [X],
         method=choice("method", "watersic"),
         grid=choice("grid", "entropy_columns", allocation=allocation),
-        bits=choice("bits", "w2", weight=1.4),
+        bits=choice("bits", "w2", weight=1.4 if first_last is None else 2.8, first_last=first_last),
         calibration=choice("calibration", "default", num_samples=64),
     )
+    if first_last is not None:
+        assert report.bits_per_coefficient()["total"] == pytest.approx(2.8, abs=0.01)
+        assert [layer.bits for layer in report.layers][::2] == pytest.approx([2.5, 2.5], abs=0.02)
+        return
     assert report.bits_per_coefficient()["total"] == pytest.approx(1.4, abs=0.005)
     rates = [layer.bits for layer in report.layers]
     assert max(rates) - min(rates) > 0.5 or allocation == "equal_rate"
+
+
+def test_ends_that_take_the_whole_budget_are_refused(choice) -> None:
+    adapter, X = images()
+    with pytest.raises(InputError, match=r"bits\.weight=1\.4 is the mean of all.*take 2\.\d+ of it: raise"):
+        quantize(
+            adapter,
+            [X],
+            method=choice("method", "gptq"),
+            grid=choice("grid", "entropy"),
+            bits=choice("bits", "w2", weight=1.4, first_last=3.0),
+            calibration=choice("calibration", "default", num_samples=64),
+        )
 
 
 def test_an_allocation_by_data_needs_data(choice) -> None:
