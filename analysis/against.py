@@ -115,7 +115,7 @@ def _swept(configs: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _without(record: Record, key: str) -> Record:
-    """The record as if its config had no such key."""
+    """The record as if its config had no such key; without a choice its group's values go too."""
     content = {**record.content, "config": copy.deepcopy(record.config)}
     *path, last = key.split(".")
     node: Any = content["config"]
@@ -123,6 +123,8 @@ def _without(record: Record, key: str) -> Record:
         node = node.get(word, {}) if isinstance(node, dict) else {}
     if isinstance(node, dict):
         node.pop(last, None)
+    if path == ["choices"]:
+        content["config"].pop(last, None)
     return Record(record.path, content, record.written)
 
 

@@ -161,7 +161,7 @@ def _row(record: Record, method: str, image_metric: str) -> dict[str, Any]:
         "grid": str(choices.get("grid", "")),
         "bits": bits_label(bits),
         "bits_variant": bits_variant(bits),
-        "weight_bits": number(bits.get("weight")),
+        "weight_bits": number(bits.get("weight") if bits.get("budget") is None else bits["budget"]),
         "group_size": number(bits.get("group_size")),
         "first_last_bits": number(bits.get("first_last")),
         "calibration": str(choices.get("calibration", "")),

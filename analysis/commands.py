@@ -12,8 +12,21 @@ from analysis.records import Record, dict_at, flatten
 from ptq.config import load_choice
 from ptq.errors import InputError
 
-GROUPS = ("model", "data", "method", "grid", "bits", "calibration", "tuning", "eval")
-ROOT = {"seed": 0, "device": "auto"}  # with what they are where a command leaves them out
+# all but the tracker, which says where a run is logged
+GROUPS = (
+    "model",
+    "data",
+    "method",
+    "grid",
+    "bits",
+    "activations",
+    "calibration",
+    "preparation",
+    "tuning",
+    "eval",
+)
+
+ROOT = {"seed": 0, "device": "auto", "tf32": False}  # with what they are where a command leaves them out
 
 
 def command(record: Record) -> str:

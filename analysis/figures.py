@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from analysis.curves import curve_points, draw_curves
+from analysis.error_figure import draw_errors, error_points
 from analysis.files import write_csv, write_figure
 from analysis.layer_figure import bits_settings, draw_layers, layer_points
 from analysis.loss_curves import draw_losses
@@ -47,6 +48,9 @@ def draw(cells: pd.DataFrame, layers: pd.DataFrame) -> Drawings:
     times = time_points(cells)
     if not times.empty:
         drawn.figures["time"], drawn.points["time"] = draw_times(times, settings), times
+    limits = error_points(layers)
+    if not limits.empty:
+        drawn.figures["errors"], drawn.points["errors"] = draw_errors(limits), limits
     errors = layer_points(layers)
     several = errors.groupby("model")["data"].nunique()
     for title, block in split_by_model(errors):

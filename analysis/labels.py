@@ -31,6 +31,7 @@ IN_THE_LABELS = {
     "choices.bits",
     "choices.tracker",
     "bits.weight",
+    "bits.budget",
     "bits.activation",
     "bits.activation_first_last",
     "bits.group_size",
@@ -41,17 +42,29 @@ UNSET = "unset"
 
 
 def bits_label(bits: dict[str, Any]) -> str:
-    """`W3`, `W4A8`, `W3 g128`, `W3 · 8-bit ends`: the nominal setting, as a column is called."""
+    """`W3`, `W4A8`, `W3 g128`, `W3 · 8-bit ends`, `mixed 3.2`, `mixed as W3`: the setting, as a column
+    is called.
+    """
     weight, exceptions = bits.get("weight"), _groups_and_ends(bits)
-    label = (f"W{plain(weight)}" if weight is not None else "W?") + _activation(bits)
+    label = f"W{plain(weight)}" if weight is not None else "W?"
+    if _is_mixed(bits):
+        label = f"mixed as {label}" if bits.get("budget") is None else f"mixed {plain(bits['budget'])}"
+    activation = _activation(bits)
+    label += f" {activation}" if activation and _is_mixed(bits) else activation
     if exceptions.startswith("g"):
         return f"{label} {exceptions}"
     return f"{label} · {exceptions}" if exceptions else label
 
 
 def bits_variant(bits: dict[str, Any]) -> str:
-    """What is left of the label without the width: `g128`, `8-bit ends`, `A8 · g128` or nothing."""
-    return " · ".join(filter(None, [_activation(bits), _groups_and_ends(bits)]))
+    """What is left of the label without the width: `g128`, `8-bit ends`, `mixed · A8 · g128` or nothing."""
+    mixed = "mixed" if _is_mixed(bits) else ""
+    return " · ".join(filter(None, [mixed, _activation(bits), _groups_and_ends(bits)]))
+
+
+def _is_mixed(bits: dict[str, Any]) -> bool:
+    """Whether layers or rows chose their own widths."""
+    return "candidates" in bits
 
 
 def _activation(bits: dict[str, Any]) -> str:

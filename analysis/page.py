@@ -32,6 +32,11 @@ from analysis.tables import split_by_model
 TEMPLATE = "page.html.jinja"
 NUMERIC = (*"0123456789–−≤>+-.", "")  # what the text of a number or of a gap begins with
 PIXELS_PER_INCH = 132
+ALT = {  # figures of all models, and what a reader who cannot see them is told
+    "curves": "Result against stored bits per coefficient",
+    "time": "Result against seconds to quantize",
+    "errors": "Error of the layers against stored bits, with the Gaussian limit",
+}
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,7 @@ def page(
         duplicates=found.duplicates,
         warnings=list(warnings),
         summary=_summary(cells),
-        figures={name: _svg(figure) for name, figure in drawn.figures.items() if name in ("curves", "time")},
+        figures=[(ALT[name], _svg(drawn.figures[name])) for name in ALT if name in drawn.figures],
         models=_models(cells, savings, drawn),
         published=[(name, _plain_grid(rows), notes) for name, rows, notes in paper_table.blocks(published)]
         if published is not None

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ptq.grids.grid import Grid
-from ptq.losses import Loss
 from ptq.problem import LayerProblem
 from ptq.reconstruction import Recipe, Selection, Variable, selected
 from ptq.solvers.grid_variables import GridVariables
@@ -20,19 +19,11 @@ from ptq.solvers.solution import Solution
 
 
 def reconstruct_layer(
-    problem: LayerProblem, grid: Grid, codes: Tensor, recipe: Recipe, loss: Loss, seed: int
+    problem: LayerProblem, grid: Grid, codes: Tensor, recipe: Recipe, seed: int
 ) -> tuple[Tensor, Grid]:
-    """Codes and grid after training; with keep_best the best measured, row by row where the grid stays.
-
-    loss=relative_l2 divides by tr(T H Tᵀ), which changes the regulariser's weight and nothing else.
-    """
+    """Codes and grid after training; with keep_best the best measured, row by row where the grid stays."""
     T, H = problem.T, problem.H.to(problem.T.dtype)
     start = Solution(problem, grid, codes)
-    size = 1.0
-    if loss is Loss.relative_l2:
-        energy = float(problem.error(torch.zeros_like(T)).sum())
-        size = start.total() / energy if energy > 0 else 1.0
-        size = 1.0 if size == 0 else start.total() / (size * energy)
     generator = torch.Generator().manual_seed(seed)
     slope = None
     if recipe.selection is Selection.gradient:
@@ -54,7 +45,7 @@ def reconstruct_layer(
         W_hat = relaxation.values(variables.grid())
         with torch.no_grad():
             slope = (W_hat - T) @ H
-            slope.mul_(2 * size)
+            slope.mul_(2)
         extra = relaxation.regulariser(step / total)
         if extra is None:
             W_hat.backward(slope)

@@ -19,13 +19,13 @@ class Loss(Enum):
 
     l2 = "l2"  # Σ |difference|²
     lp = "lp"  # Σ |difference|^p
-    relative_l2 = "relative_l2"  # Σ |difference|² over the mean of Σ |target|²
+    relative_l2 = "relative_l2"  # Σ |difference|² over Σ |target|², each sample's own
     cosine = "cosine"  # 1 − the cosine of each sample's output and target
     kl = "kl"  # Kullback–Leibler divergence of the softmax over channels: for logits, of the probabilities
     fisher_diagonal = "fisher_diagonal"  # Σ |difference|² · the output's squared gradient, of mean 1 (BRECQ)
 
     def of(self, output: Tensor, target: Tensor, p: float = 2.0, weight: Tensor | None = None) -> Tensor:
-        """The loss, a scalar; relative_l2 here as l2, its divisor being a constant of the whole set."""
+        """The loss, a scalar."""
         channels = channel_dim(target)
         if self is Loss.cosine:
             return 1 - F.cosine_similarity(output.flatten(1), target.flatten(1), dim=1).mean()
@@ -36,6 +36,10 @@ class Loss(Enum):
         if self is Loss.lp:
             return (difference.abs() + 1e-12).pow(p).sum(channels).mean()
         square = difference.square()
+        if self is Loss.relative_l2:
+            energies = target.square().flatten(1).sum(1)
+            least = (1e-6 * energies.mean()).clamp_min(1e-30)  # a sample of zeros weighs no more than that
+            return (square.flatten(1).sum(1) / energies.clamp_min(least)).mean()
         if self is Loss.fisher_diagonal:
             assert weight is not None
             square = square * weight

@@ -84,6 +84,12 @@ def check_whole(
         )
     if isinstance(calibration, NoCalibration):
         raise InputError("a method that trains the network needs calibration data, not calibration=none")
+    for key in ("bias_correction", "reestimate_batchnorm"):
+        if getattr(calibration, key):
+            raise InputError(
+                f"calibration.{key}=true mends a network that was quantized layer by layer; a method that "
+                "trains the network folds its BatchNorms and learns the biases itself: leave it false"
+            )
     if isinstance(bits, MixedBits):
         raise InputError("bits=mixed asks a layer-wise method what a width costs; use fixed widths here")
     if bits.group_size is not None:

@@ -96,10 +96,10 @@ class GradientPTQ:
                 "batch_size and p must be at least 1, probability in [0, 1], strength not negative; got "
                 f"{self.batch_size}, {self.p}, {self.probability} and {self.strength}"
             )
-        if self.unit is Unit.layer and self.loss not in (Loss.l2, Loss.relative_l2):
+        if self.unit is Unit.layer and self.loss is not Loss.l2:
             raise InputError(
-                f"unit=layer descends on the layer's Gram, which knows squared errors only; got "
-                f"loss={self.loss.value}; use l2 or relative_l2, or unit=block"
+                "unit=layer descends on the layer's Gram, which knows squared errors only; got "
+                f"loss={self.loss.value}; use l2, or unit=block"
             )
         if self.unit is not Unit.block and self.augmentation is not Augmentation.none:
             raise InputError(
@@ -173,7 +173,7 @@ class GradientPTQ:
         if self.unit is not Unit.layer:
             return codes, fitted
         with torch.enable_grad():
-            return reconstruct_layer(problem, fitted, codes, self.recipe(), self.loss, self.seed)
+            return reconstruct_layer(problem, fitted, codes, self.recipe(), self.seed)
 
     def tune_block(self, problem: BlockProblem) -> TuningReport:
         """Learn the codes of all layers of the block at once."""

@@ -177,6 +177,7 @@ class Between(Relaxation):
         self.V = -torch.log((ZETA - GAMMA) / (h - GAMMA) - 1) if self.sigmoid else h
         if softening.kind is Kind.progressive:
             self.learned = torch.ones_like(self.free) if learned is None else learned.clone()
+            self.advance(0.0, grid)
 
     def state(self) -> list[Tensor]:
         if self.softening.kind is Kind.progressive and self.learned is not None:
@@ -216,10 +217,7 @@ class Between(Relaxation):
         if self.softening.kind is not Kind.progressive:
             return
         parts = self.softening.soft_fractions
-        part = min(int(progress * len(parts)), len(parts))
-        wanted = 1.0 if part == 0 else parts[part - 1]
-        if progress >= 1:
-            wanted = 0.0
+        wanted = parts[int(progress * len(parts))] if progress < 1 else 0.0
         learned = self.learned
         assert learned is not None
         excess = int(learned.sum()) - math.ceil(wanted * learned.numel())

@@ -110,3 +110,15 @@ def test_report_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert {"against.csv", "against.pdf", "against.png"} <= {p.name for p in (tmp_path / "out").iterdir()}
     with pytest.raises(SystemExit, match="one value of 'seed'"):
         main([str(folder), "--against", "seed"])
+
+
+def test_grids_are_one_column(tmp_path: Path) -> None:
+    """Though each grid has keys of its own."""
+    found = points(
+        tmp_path,
+        "choices.grid",
+        record(grid="affine", result=90.0, config={"grid": {"range": "mse", "parameter_bits": 16}}),
+        record(grid="power", result=91.0, config={"grid": {"t": [1.0, 0.5]}}),
+    )
+    assert set(found["line"]) == {"comq"}
+    assert found.set_index("value")["mean"].to_dict() == {"affine": 90.0, "power": 91.0}

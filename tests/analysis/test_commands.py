@@ -7,12 +7,14 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from analysis.commands import command
+from analysis.commands import GROUPS, command
 from analysis.records import Record
 from ptq.config import CONF_DIR
+from ptq.runner import GROUPS as ALL_GROUPS
 
 CHOICES = {"model": "digits_vit", "data": "digits", "method": "comq", "grid": "affine_float", "bits": "w3"}
 CHOICES |= {"calibration": "default", "tuning": "none", "eval": "default"}
+CHOICES |= {"activations": "percentile", "preparation": "equalize"}
 
 
 def composed(words: list[str]) -> dict[str, Any]:
@@ -31,7 +33,8 @@ def test_the_command_composes_the_recorded_config() -> None:
         "seed=3",
         "name=mine",
     ]
-    words += ["calibration.target=float_path", "bits.group_size=32"]
+    words += ["calibration.target=float_path", "bits.group_size=32", "bits.activation=8", "tf32=true"]
+    words += ["activations=percentile", "activations.percentile=99.5", "preparation=equalize"]
     config = composed(words)
     made = shlex.split(command(Record(Path("record.json"), {"config": {**config, "choices": CHOICES}}, 0.0)))
     assert made[0] == "ptq-run"
@@ -48,3 +51,7 @@ def test_a_choice_that_is_gone_is_still_named() -> None:
 def test_a_group_without_values_changes_nothing() -> None:
     content = {"config": {"choices": {"method": "rtn", "data": "digits"}, "method": {}}}
     assert command(Record(Path("record.json"), content, 0.0)) == "ptq-run data=digits method=rtn"
+
+
+def test_every_group_is_told() -> None:
+    assert {*GROUPS, "tracker"} == set(ALL_GROUPS)

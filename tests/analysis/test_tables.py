@@ -120,3 +120,13 @@ def test_latex_escapes_and_balances(tmp_path: Path) -> None:
 
 def test_latex_escape_leaves_words_alone() -> None:
     assert latex_escape("comq (sweeps=3)") == "comq (sweeps=3)"
+
+
+def test_mixed_widths_stand_in_columns_of_their_own(tmp_path: Path) -> None:
+    def mixed(budget: float | None, result: float) -> dict:
+        own = {"_target_": "ptq.mixed_precision.MixedBits", "budget": budget, "candidates": [2, 3, 4]}
+        return record(bits=3, result=result, bits_config=own, choices={"bits": "mixed"})
+
+    found = rows(markdown(cells(tmp_path, record(result=90.0), mixed(None, 91.0), mixed(3.5, 92.0))))
+    assert found["method"] == ["mixed 3.5", "W3", "mixed as W3"]
+    assert found["comq"] == ["**92.00** @ 3.06", "**90.00** @ 3.06", "**91.00** @ 3.06"]
