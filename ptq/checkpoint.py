@@ -3,12 +3,13 @@ outputs.
 
 `quantized.safetensors` holds packed codes and grid parameters, so its size is
 bits_per_coefficient × weights / 8 (and a header); `float.safetensors` holds all other tensors; `model.json`
-says what each layer is and how to build the model.
+says what each layer is and how to build the model, and holds checksums of the others and of itself.
 """
 
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from ptq.layers import QuantizedLayer, names_of, replace_module
 from ptq.models.adapter import load_state_strictly
 from ptq.preparation import FoldedNorm, fold
 
-FORMAT = 1
+FORMAT = 2
+TENSORS = ("quantized.safetensors", "float.safetensors")
 
 
 def save(module: nn.Module, directory: Path | str, model_config: dict[str, Any] | None = None) -> Path:
@@ -36,9 +38,13 @@ def save(module: nn.Module, directory: Path | str, model_config: dict[str, Any] 
     facts, packed, rest = contents(module)
     folded = {n: m.layer for n, m in module.named_modules() if isinstance(m, FoldedNorm)}
     content = {"format": FORMAT, "model": model_config, "folded_norms": folded, "layers": facts}
-    for name, tensors in (("quantized.safetensors", packed), ("float.safetensors", rest)):
+    sums = {}
+    for name, tensors in zip(TENSORS, (packed, rest), strict=True):
         save_file(tensors, directory / f"{name}.part")
+        sums[name] = _checksum(directory / f"{name}.part")
         (directory / f"{name}.part").replace(directory / name)
+    content["checksums"] = sums
+    content["checksum"] = _checksum_of(content)
     part = directory / "model.json.part"
     part.write_text(json.dumps(content, indent=1))
     part.replace(directory / "model.json")
@@ -49,26 +55,18 @@ def load(directory: Path | str, module: nn.Module | None = None) -> nn.Module:
     """The model that `save` wrote, in eval mode. `module` is a float model of that architecture; its weights
     are replaced.
 
-    Without `module` the saved model config builds it. Raises InputError naming tensors that are missing or
-    left over.
+    Without `module` the saved model config builds it. Raises InputError naming files that are missing or
+    damaged, and tensors that are missing or left over.
     """
     directory = Path(directory)
-    for name in ("model.json", "quantized.safetensors", "float.safetensors"):
-        if not (directory / name).is_file():
-            raise InputError(f"{directory} is not a saved quantized model: {name} is missing")
-    content = json.loads((directory / "model.json").read_text())
-    if content.get("format") != FORMAT:
-        raise InputError(
-            f"{directory}/model.json has format {content.get('format')!r}; this version reads {FORMAT}"
-        )
+    content = _verified(directory)
     if module is None:
         if content["model"] is None:
             raise InputError(
                 f"{directory} does not say how to build its model; pass the float model as `module`"
             )
         module = build(content["model"], "model").load().module
-    packed = load_file(directory / "quantized.safetensors")
-    rest = load_file(directory / "float.safetensors")
+    packed, rest = (load_file(directory / name) for name in TENSORS)
     known = dict(module.named_modules())
     folded = content.get("folded_norms", {})
     strangers = sorted({*content["layers"], *folded, *folded.values()} - known.keys())
@@ -94,6 +92,42 @@ def load(directory: Path | str, module: nn.Module | None = None) -> nn.Module:
         except InputError as error:
             raise InputError(f"{directory}: layer {name!r}: {error}") from error
     return module.eval()
+
+
+def _verified(directory: Path) -> dict[str, Any]:
+    """The content of model.json, once the folder is whole and every file is what `save` wrote."""
+    for name in ("model.json", *TENSORS):
+        if not (directory / name).is_file():
+            raise InputError(f"{directory} is not a saved quantized model: {name} is missing")
+    try:
+        content = json.loads((directory / "model.json").read_text())
+        known = content.get("format")
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"{directory}/model.json is damaged: {error}; save the model again") from error
+    if known != FORMAT:
+        raise InputError(f"{directory}/model.json has format {known!r}; this version reads {FORMAT}")
+    damaged = [name for name in TENSORS if _checksum(directory / name) != content["checksums"][name]]
+    if content.pop("checksum", None) != _checksum_of(content):
+        damaged.insert(0, "model.json")
+    if damaged:
+        raise InputError(
+            f"{directory} is damaged: {', '.join(damaged)} no longer matches its checksum; save the model again"
+        )
+    return content
+
+
+def _checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    found = 0
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            found = zlib.crc32(chunk, found)
+    return found
+
+
+def _checksum_of(content: dict[str, Any]) -> int:
+    """CRC-32 of what model.json says, however it is laid out."""
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def contents(

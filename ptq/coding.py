@@ -37,6 +37,7 @@ SIDE_LEVEL = 4  # scale class of the differences that say levels and other side 
 FIRST_CHUNK, CHUNK_GROWTH = 16, 1.5
 PRIOR_WEIGHT = 24.0  # codes that the starting model counts for
 TAIL = 0.06  # share of the wider tail in the starting model
+PADDING = 8  # bytes of ones that a stream ends in without their being written
 SHORT = 2**13  # bytes of a stream whose end is worth a search
 FINE = 6.0  # a class keeps its codes whole up to this scale; beyond, low bits are coded as they are
 
@@ -95,7 +96,7 @@ def decode(stream: bytes, shape: tuple[int, int], extra_lengths: list[int]) -> t
     if len(stream) < 2:
         raise InputError(f"a stream of {len(stream)} bytes is too short; the file is damaged")
     layout, base = Layout.of(stream[0]), stream[1] + LOWEST_LEVEL
-    payload = stream[2:] + b"\xff" * (-len(stream[2:]) % 4 + 8)
+    payload = stream[2:] + b"\xff" * (-len(stream[2:]) % 4 + PADDING)
     reader = _Reader(RangeDecoder(np.frombuffer(payload, ">u4").astype(np.uint32)), layout)
     try:
         extras = [reader.side(length) for length in extra_lengths]
@@ -129,7 +130,8 @@ def _encode(codes: Ints, extras: list[Ints], layout: Layout) -> bytes:
     for level, members in _classes(rows, columns, base, layout):
         writer.codes(flat[members], level)
     words = writer.encoder.get_compressed()
-    payload = words.astype(">u4").tobytes().rstrip(b"\xff")
+    payload = words.astype(">u4").tobytes()
+    payload = payload[: max(len(payload.rstrip(b"\xff")), len(payload) - PADDING)]
     return bytes([layout.byte(), base - LOWEST_LEVEL]) + payload
 
 

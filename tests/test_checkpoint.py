@@ -101,6 +101,35 @@ def test_what_cannot_be_loaded_is_named(mixed, tmp_path) -> None:
         ptq.load(folder, Mixed())
 
 
+@pytest.mark.parametrize("grid", ["affine", "entropy"])
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        ("quantized.safetensors", "flip"),
+        ("float.safetensors", "flip"),
+        ("quantized.safetensors", "cut"),
+        ("model.json", "cut"),
+        ("model.json", "fact"),
+    ],
+)
+def test_damaged_files_are_refused(mixed, tmp_path, grid: str, name: str, harm: str) -> None:
+    quantized, _ = ptq.quantize_model(mixed, [X], "rtn", grid, bits=4)
+    path = ptq.save(quantized, tmp_path / "model") / name
+    content = path.read_bytes()
+    if harm == "flip":
+        content = content[:-3] + bytes([content[-3] ^ 1]) + content[-2:]
+    elif harm == "cut":
+        content = content[: len(content) // 2]
+    else:
+        said = json.loads(content)
+        facts = said["layers"]["linear"]
+        facts["bits"] = facts["bits"] + 1
+        content = json.dumps(said).encode()
+    path.write_bytes(content)
+    with pytest.raises(ptq.InputError, match=f"{name}.* (damaged|no longer matches).*save the model again"):
+        ptq.load(path.parent, Mixed())
+
+
 def test_casting_the_model_spares_packed_tensors(mixed) -> None:
     quantized, _ = ptq.quantize_model(mixed, [X], "rtn", bits=4)
     before = {k: t.clone() for k, t in quantized.linear.packed.items()}

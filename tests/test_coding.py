@@ -51,6 +51,14 @@ def test_decoding_returns_the_codes(name: str) -> None:
             assert np.array_equal(one, other)
 
 
+@pytest.mark.parametrize("shape", [(64, 64), (16, 9), (40, 30), (1, 300)])
+def test_equal_codes_of_any_value(shape: tuple[int, int]) -> None:
+    """Their streams end in many equal bytes, those that are not written among them."""
+    for value in range(-130, 131):
+        codes = np.full(shape, value)
+        assert np.array_equal(decode(encode(codes, []), shape, [])[0], codes), value
+
+
 @pytest.mark.parametrize("scale", [0.15, 0.4, 1.0, 4.0, 60.0])
 def test_length_is_close_to_the_entropy(scale: float) -> None:
     """At most 0.01 bit above the entropy of the source on 64 k codes, and 0.1 bit on 864."""
