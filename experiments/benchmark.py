@@ -2,6 +2,7 @@
 ours.
 
 Command: python -m experiments.benchmark [--sizes 512 1024] [--bits 4 3 2] [--methods rtn comq …]
+  [--grids affine_mse ptnq … --grid-sizes 512 4096]
 Every time is the best of `--repeats` in this one run; read them as ratios. The unit is one matrix product
 [out, in] × [in, in] in float32, below which no sweep over a layer can go. Errors are ‖(W − Ŵ) X‖ / ‖W X‖ on
 the calibration inputs and on as many others from the same distribution.
@@ -43,14 +44,21 @@ def seeded_layer(size: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    W = normal(size, size)
-    heavy = W[::8]
-    W[::8] = heavy / normal(3, *heavy.shape).square().sum(0).sqrt()  # t / √3 has variance one
+    W = heavy_tailed(size, generator)
     basis, _ = torch.linalg.qr(normal(size, size))
     variances = torch.arange(1, size + 1, dtype=torch.float64) ** -SPECTRUM
     mixing = variances.sqrt()[:, None] * basis * (GAINS * normal(size)).exp()
     calibration, held_out = (normal(tokens, size) @ mixing for _ in range(2))
     return W.float(), calibration.float(), held_out.float()
+
+
+def heavy_tailed(size: int, generator: torch.Generator) -> Tensor:
+    """Gaussian rows [size, size] of variance one, every eighth with Student's t of 3 degrees of freedom."""
+    W = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    heavy = W[::8]
+    chi = torch.randn(3, *heavy.shape, generator=generator, dtype=torch.float64)
+    W[::8] = heavy / chi.square().sum(0).sqrt()  # t / √3 has variance one
+    return W
 
 
 def gram(X: Tensor) -> Tensor:
@@ -166,6 +174,25 @@ def method_table(
     return pd.DataFrame(rows, columns=[*columns, "bits per coefficient"])
 
 
+def grid_table(sizes: list[int], widths: list[int], repeats: int, grids: list[str]) -> pd.DataFrame:
+    """Seconds to fit each grid to the weights alone, PTNQ's search over all its shapes among them, and the
+    relative weight error of nearest rounding.
+    """
+    rows = []
+    for size in sizes:
+        W = heavy_tailed(size, torch.Generator().manual_seed(0)).float()[None]
+        for bits in widths:
+            for name in grids:
+                spec = build(load_choice("grid", name))
+                seconds, grid = best_time(lambda W=W, spec=spec, bits=bits: spec.fit(W, bits), repeats)
+                codes = grid.round(W)
+                error = float((W - grid.values(codes)).norm() / W.norm())
+                stored = sum(grid.storage_bits(codes).values()) / W.numel()
+                rows.append((size, bits, name, seconds, error, stored))
+    columns = ["size", "bits", "grid", "seconds", "weight error", "bits per coefficient"]
+    return pd.DataFrame(rows, columns=columns)
+
+
 def against(table: pd.DataFrame, reference: str) -> pd.DataFrame:
     """Each method's errors and seconds as fractions of those of `reference` on the same layer."""
     columns = ["calibration error", "held-out error", "seconds"]
@@ -188,16 +215,23 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=layerwise)
     parser.add_argument("--exclude", nargs="+", default=[], help="methods to leave out, the slow ones say")
     parser.add_argument("--reference", default="decoupleq_release", help="method the others are divided by")
+    grids = ["affine", "affine_mse", "normal_float_mse", "power", "ptnq", "ptnq_channel", "codebook_weight"]
+    parser.add_argument("--grids", nargs="*", default=grids, help="grids to fit to the weights alone")
+    parser.add_argument("--grid-sizes", type=int, nargs="+", default=[512])
     parser.add_argument("--skip-plain", action="store_true", help="leave out COMQ's plain formula (minutes)")
     options = parser.parse_args()
     methods = [name for name in options.methods if name not in options.exclude]
     table = method_table(options.sizes, options.tokens, options.bits, options.repeats, methods)
     print(f"Every method, {torch.get_num_threads()} threads\n")
     print(table.to_markdown(index=False, floatfmt=("", "", "", ".3f", ".0f", ".4f", ".4f", ".3f")))
-    if options.reference in methods:
+    if options.reference in methods and len(methods) > 1:
         print(f"\nAs fractions of {options.reference}\n")
         fractions = against(table, options.reference)
         print(fractions.to_markdown(index=False, floatfmt=("", "", "", ".4f", ".4f", ".3f")))
+    if options.grids:
+        print("\nGrids fitted to the weights, nearest rounding\n")
+        table = grid_table(options.grid_sizes, options.bits, options.repeats, options.grids)
+        print(table.to_markdown(index=False, floatfmt=("", "", "", ".2f", ".4f", ".3f")))
     if not options.skip_plain:
         size, bits = max(options.sizes), options.bits[0]
         print(f"\nThree COMQ sweeps on {size} × {size}, {options.tokens} stored inputs against H\n")

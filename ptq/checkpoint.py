@@ -111,7 +111,8 @@ def _verified(directory: Path) -> dict[str, Any]:
         damaged.insert(0, "model.json")
     if damaged:
         raise InputError(
-            f"{directory} is damaged: {', '.join(damaged)} no longer matches its checksum; save the model again"
+            f"{directory} is damaged: {', '.join(damaged)} no longer matches its checksum; "
+            "save the model again"
         )
     return content
 

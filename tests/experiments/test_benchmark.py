@@ -6,7 +6,14 @@ import pandas as pd
 import pytest
 import torch
 
-from experiments.benchmark import against, distortion_limit, gram, method_table, seeded_layer
+from experiments.benchmark import (
+    against,
+    distortion_limit,
+    gram,
+    grid_table,
+    method_table,
+    seeded_layer,
+)
 from ptq.problem import LayerProblem
 
 
@@ -50,6 +57,14 @@ def test_table_has_every_method_at_every_width_and_errors_of_both_inputs() -> No
         assert row["bits per coefficient"] >= row["bits"]
     at_two = table[table["bits"] == 2].set_index("method")["calibration error"]
     assert at_two["(limit)"] < at_two["comq"] < at_two["rtn"]
+
+
+def test_grids_are_fitted_to_the_weights_and_a_pool_beats_its_affine_shape() -> None:
+    table = grid_table([48], [3], 1, ["affine", "ptnq_channel"])
+    assert list(table["grid"]) == ["affine", "ptnq_channel"]
+    assert (table["seconds"] > 0).all()
+    affine, pool = table["weight error"]
+    assert 0 < pool < affine < 1
 
 
 def test_fractions_are_taken_on_the_same_layer() -> None:
