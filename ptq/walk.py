@@ -28,7 +28,15 @@ from ptq.errors import InputError
 from ptq.grids.grid import Grid
 from ptq.layers import QuantizedLayer, names_of, quantized_layer, replace_module, weight_matrix
 from ptq.limit import limit_bits
-from ptq.methods.method import BlockMethod, GridSpec, LayerMethod, NetworkMethod, check_pair, wants
+from ptq.methods.method import (
+    BlockMethod,
+    GridSpec,
+    LayerMethod,
+    ModelGridSpec,
+    NetworkMethod,
+    check_pair,
+    wants,
+)
 from ptq.mixed_precision import Choice, MixedBits, check_mixed, choose
 from ptq.models.adapter import ModelAdapter
 from ptq.observers import Activations, check_activations
@@ -111,6 +119,13 @@ class Walk:
                 seed=seed,
             )
             self.allocation = self.mixed.layers
+        if isinstance(grid, ModelGridSpec):
+            widths = {name: width for name, width in self.allocation.items() if width is not None}
+            layers = [
+                (weight_matrix(self.student.get_submodule(name)).float(), width)
+                for name, width in widths.items()
+            ]
+            self.grid = grid.for_model(layers, bits.group_size)
         started = time.perf_counter()
         self.budget = budget(adapter, self.batches, self.allocation, bits, grid, seed=seed)
         self.report = Report(skipped=skipped_parameters(adapter, self.plan, self.allocation))

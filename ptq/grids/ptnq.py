@@ -11,7 +11,7 @@ tensor).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import lru_cache
@@ -37,6 +37,7 @@ FIXED_POINT = 2.0**24  # histograms are sums of integers: equal on every device 
 class Scope(Enum):
     """What shares one choice."""
 
+    model = "model"  # of a function: all layers, the paper's choice; of a layer by itself, the layer
     layer = "layer"
     channel = "channel"  # a row
     group = "group"  # a unit: a group of inputs, or the row where there are no groups
@@ -61,7 +62,8 @@ class Metric(Enum):
 class LevelPool:
     """How to fit a level-table grid to a weight matrix.
 
-    One function for a whole model, the paper's choice, is a pool of one: functions=[tan].
+    One function for a whole model is function_scope=model, or, without a choice, a pool of one:
+    functions=[tan].
     """
 
     functions: list[Function]
@@ -101,6 +103,8 @@ class LevelPool:
                 "t_steps and finalists must be at least 1 and refits not negative; "
                 f"got {self.t_steps}, {self.finalists} and {self.refits}"
             )
+        if self.t_scope is Scope.model:
+            raise InputError("t_scope=model: layers choose their t; use layer, channel or group")
         scopes = list(Scope)
         if scopes.index(self.t_scope) < scopes.index(self.function_scope):
             raise InputError(
@@ -129,6 +133,8 @@ class LevelPool:
         the weights' own error takes where it is missing (a unit refitted within a sweep, no calibration).
         """
         self.check(bits, group_size)
+        if self.function_scope is Scope.model:  # of which the layer is all that there is
+            return replace(self, function_scope=Scope.layer).fit(W, bits, group_size, H)
         start, weight = self._grid(W, int(bits), group_size), self._weights(W, H)
         every = list(range(len(self.functions)))
         ranked = self._ranked(start, W, weight)[: self.finalists] if len(every) > 1 else every
@@ -145,7 +151,29 @@ class LevelPool:
     def size(self, W: Tensor, bits: float, group_size: int | None = None) -> dict[str, int]:
         """Bits that W will take on this grid, {"codes", "parameters"}, without solving anything."""
         self.check(bits, group_size)
+        if self.function_scope is Scope.model:
+            one = replace(self, functions=self.functions[:1], function_scope=Scope.layer)
+            return one.size(W, bits, group_size)
         return self._grid(W, int(bits), group_size).storage_bits(W)
+
+    def for_model(self, layers: Iterable[tuple[Tensor, float]], group_size: int | None) -> LevelPool:
+        """With function_scope=model the pool of the one function that has the least squared error, summed
+        over all weights of the layers (W [groups, out, in] and its bits); else the pool as it is.
+        """
+        if self.function_scope is not Scope.model:
+            return self
+        pool = replace(self, function_scope=Scope.layer)
+        if len(self.functions) > 1:
+            errors = [pool._by_function(W, int(bits), group_size) for W, bits in layers]
+            total = torch.stack([e.cpu() for e in errors]).sum(0)
+            pool = replace(pool, functions=[self.functions[int(total.argmin())]])
+        return pool
+
+    def _by_function(self, W: Tensor, bits: int, group_size: int | None) -> Tensor:
+        """Squared error of the whole layer under each function, the range searched, [functions] float64."""
+        grid, weight = self._grid(W, bits, group_size), W.new_ones(W.shape[0], 1, W.shape[-1])
+        errors, _ = self._search(grid, W, weight, list(range(len(self.functions))))
+        return _sum(_sum(errors, self.t_scope).amin(-1), Scope.layer).flatten()
 
     def _grid(self, W: Tensor, bits: int, group_size: int | None) -> LevelGrid:
         """The grid before anything is known: everything zero, in the shapes that it keeps."""
@@ -343,7 +371,7 @@ def _full_error(grid: LevelGrid, W: Tensor, H: Tensor) -> Tensor:
 
 def _sum(x: Tensor, scope: Scope) -> Tensor:
     """Sums of x [groups, out, units, …] over what shares a choice of that scope, 1 in these dimensions."""
-    dims = {Scope.layer: (0, 1, 2), Scope.channel: (2,), Scope.group: ()}[scope]
+    dims = {Scope.channel: (2,), Scope.group: ()}.get(scope, (0, 1, 2))
     return x.sum(dims, keepdim=True) if dims else x
 
 

@@ -60,6 +60,14 @@ class RatedGridSpec(Protocol):
 
 
 @runtime_checkable
+class ModelGridSpec(Protocol):
+    """A grid of which something is chosen for a whole model, from its weights, before any layer is fitted."""
+
+    def for_model(self, layers: Iterable[tuple[Tensor, float]], group_size: int | None) -> GridSpec:
+        """The grid after that choice; each layer is its W [groups, out, in] and its bits."""
+
+
+@runtime_checkable
 class LayerMethod(Protocol):
     """A method with the layer hook."""
 

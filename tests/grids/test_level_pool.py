@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
+import ptq
 from ptq.errors import InputError
 from ptq.grids.shapes import SHAPES, TABLES, Function
 from tests.conftest import random_problem
@@ -277,3 +279,28 @@ def test_wrong_settings(choice, overrides: dict, message: str) -> None:
 def test_impossible_bits(choice, name: str, bits: float) -> None:
     with pytest.raises(InputError, match=f"bits.*got {bits:g}"):
         choice("grid", name).fit(torch.randn(1, 2, 3), bits)
+
+
+def test_a_model_has_one_function_the_best_over_all_its_layers(choice) -> None:
+    """And a layer by itself the one it would choose alone."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 12)).eval()
+    with torch.no_grad():
+        model[2].weight.copy_(10 * torch.tan(1.45 * (2 * torch.rand(12, 30) - 1)))
+    pool = {"functions": ["affine", "tan", "tanh"], "parameter_bits": 32}
+    spec = choice("grid", "ptnq_model", **pool)
+    quantized, _ = ptq.quantize_model(model, [torch.randn(16, 40)], "rtn", spec, 3)
+    grids = [layer.grid_and_codes()[0] for layer in (quantized[0], quantized[2])]
+    assert [[f.value for f in grid.pool.functions] for grid in grids] == [["tan"]] * 2
+    assert all(grid.function.numel() == 1 for grid in grids)  # and no bits for a choice
+    W = model[0].weight.detach()[None]
+    alone = choice("grid", "ptnq", **pool).fit(W, 3)
+    assert torch.equal(spec.fit(W, 3).values(spec.fit(W, 3).round(W)), alone.values(alone.round(W)))
+    errors = {
+        name: sum(
+            float(weight_error(choice("grid", "ptnq", **(pool | {"functions": [name]})).fit(w, 3), w).sum())
+            for w in (W, model[2].weight.detach()[None])
+        )
+        for name in pool["functions"]
+    }
+    assert min(errors, key=errors.__getitem__) == "tan"
