@@ -85,7 +85,9 @@ class Tuning:
     norms: bool  # weights and biases of normalisation layers
     biases: bool  # of the quantized layers
     activations: bool  # scales of the quantized layers' inputs, where these are quantized (LSQ)
-    others: bool  # all else that is no layer's weight or bias: class token, positions, tables of attention
+    # all else but weights, and biases of linear layers: class token, positions, tables of attention, and the
+    # biases of float convolutions (a patch embedding)
+    others: bool
     optimizer: Optimizer
     learning_rate: float
     relative_rate: bool  # the rate is multiplied by the root mean square of each parameter tensor
@@ -266,7 +268,8 @@ class Tuning:
                 if self.activations and part.input_quantizer is not None:
                     add(part.input_quantizer.parameters())
             elif isinstance(part, QUANTIZABLE):
-                taken |= {id(p) for p in own}
+                linear = not isinstance(part, nn.Conv2d)
+                taken |= {id(p) for p in own if linear or p is not part.bias}
             elif is_norm(part):
                 taken |= {id(p) for p in own}
                 if self.norms:

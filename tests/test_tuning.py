@@ -116,6 +116,16 @@ def test_only_what_is_named_is_trained(choice, net, flags: dict, expected: set[s
         assert torch.equal(a, b)
 
 
+def test_others_hold_the_bias_of_a_float_convolution_and_of_no_linear_layer(choice, net) -> None:
+    module, batches = net
+    off = {"grids": False, "norms": False, "biases": False, "activations": False, "others": True}
+    settings = choice("tuning", "network", epochs=1, learning_rate=0.01, keep_best=False, **off)
+    bits = choice("bits", "w3", skip=["stem", "head"])
+    plain, _ = ptq.quantize_model(module, batches, "rtn", "affine", bits)
+    tuned, _ = ptq.quantize_model(module, batches, "rtn", "affine", bits, tuning=settings)
+    assert differing(plain, tuned) == {"positions", "stem.bias"}
+
+
 @pytest.mark.parametrize("loss", ["mse", "relative_mse", "kl"])
 def test_network_tuning_lowers_its_loss_and_the_logit_error(choice, net, loss: str) -> None:
     module, batches = net
