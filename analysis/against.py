@@ -102,9 +102,9 @@ def _entry(row: Any) -> str:
 
 
 def _value(value: Any) -> Any:
-    """A list of one as its item, other lists and what is no number as a word."""
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
+    """A list of one as its item, other lists and what is no number as words."""
+    if isinstance(value, list):
+        value = value[0] if len(value) == 1 else ", ".join(map(plain, value))
     return value if numeric([value]) else plain(value)
 
 

@@ -17,6 +17,7 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from analysis.against import UnknownKeyError, against
 from analysis.collect import collect_all
@@ -27,8 +28,8 @@ from analysis.records import plain
 from analysis.tables import markdown_rows, split_by_model
 
 WIDTH = 5.2  # inches
-ROW_HEIGHT = 0.34  # inches of a key
-DATA, OPTIMISATION, OTHER = "what it sees", "how it is optimised", "other"
+ROW_HEIGHT = 0.27  # inches of a key
+DATA, OPTIMISATION, OTHER = "what the method sees", "how it is optimised", "other"
 COLOURS = {DATA: "#0072B2", OPTIMISATION: "#D55E00", OTHER: "#767676"}
 TITLES = {
     "calibration.num_samples": ("calibration size", DATA),
@@ -86,7 +87,7 @@ def values(ablations: Sequence[Ablation]) -> pd.DataFrame:
 
 def _width(line: str) -> str:
     """The bits at the end of a line's label, where the runs had several."""
-    return line.rpartition(" · ")[2] if " · " in line else ""
+    return line.partition(" · ")[2]
 
 
 def spreads(points: pd.DataFrame) -> pd.DataFrame:
@@ -142,13 +143,18 @@ def draw(points: pd.DataFrame, summary: pd.DataFrame) -> Figure:
     blocks = split_by_model(summary)
     rows = [len(block) for _, block in blocks]
     with mpl.rc_context(fname=STYLE):
-        figure = Figure(figsize=(WIDTH, ROW_HEIGHT * sum(rows) + 0.75 * len(blocks)))
+        figure = Figure(figsize=(WIDTH, ROW_HEIGHT * sum(rows) + 0.75 * len(blocks) + 0.25))
         heights = [count + 0.5 for count in rows]
         axes = figure.subplots(len(blocks), 1, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
         for axis, (title, block) in zip(axes, blocks, strict=True):
             place = (points["model"] == block["model"].iloc[0]) & (points["data"] == block["data"].iloc[0])
             _draw_panel(axis, points[place], block)
             axis.set_title(title, loc="left")
+        kinds = [kind for kind in COLOURS if kind in set(summary["kind"])]
+        entries = [
+            Line2D([], [], color=COLOURS[kind], marker="o", markersize=4, label=kind) for kind in kinds
+        ]
+        figure.legend(handles=entries, loc="outside lower center", ncols=len(entries))
     return figure
 
 
@@ -172,6 +178,8 @@ def _draw_panel(axis: Axes, points: pd.DataFrame, block: pd.DataFrame) -> None:
                 va="center",
                 fontsize=mpl.rcParams["xtick.labelsize"],
                 color=colour,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+                zorder=1.7,
             )
     axis.set_yticks(range(len(block)), list(block["title"])[::-1])
     axis.set_ylim(-0.6, len(block) - 0.4)
