@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from analysis.direct_labels import label_lines, labelled_directly
 from analysis.files import STYLE
@@ -98,6 +98,12 @@ def draw_curves(points: pd.DataFrame, labels: Sequence[str] = ()) -> Figure:
         for axis, (_, block) in zip(axes, blocks, strict=True):
             if direct:
                 label_lines(figure, axis, _starts(block), labels)
+                first = math.floor(
+                    block["bits_per_coefficient"].min()
+                )  # no ticks in the room that labels stand in
+                low, high = axis.get_xlim()
+                ticks = [tick for tick in axis.get_xticks() if max(first, low) <= tick <= high]
+                axis.xaxis.set_major_locator(FixedLocator(ticks))
             metric = block_metric(block)
             assert metric is not None
             float_line(axis, metric, block["float"].dropna())
