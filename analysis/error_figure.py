@@ -1,8 +1,8 @@
 """The layers' error against stored bits, and what no code can beat: the Gaussian rate–distortion function.
 
 A point is a run: the geometric mean of its layers' relative errors over the mean of their stored bits, each
-layer counting as its weights do. For a layer's error the limit needs the bits of ptq/limit.py; the mean of
-these, over the layers and over the methods of one bits setting, is the line.
+layer counting as its weights do. For a layer's error the limit needs the bits of ptq/limit.py; their mean
+over the layers of each run of one method is the line.
 """
 
 from __future__ import annotations
@@ -70,15 +70,14 @@ def draw_errors(points: pd.DataFrame) -> Figure:
 
 
 def limit_line(block: pd.DataFrame) -> pd.DataFrame:
-    """The limit of one model, a point for each bits setting, the smallest error first.
-
-    Methods spread the same error otherwise over the layers, and so need other bits for it: their means.
+    """The limit of one model, the smallest error first: that of the method with the most points, of the
+    smallest error where several have as many. Other methods spread the same error otherwise over the layers,
+    and so have a limit a little beside it.
     """
-    means = block.assign(relative_error=np.log(block["relative_error"])).groupby("bits")[
-        ["limit_bits", "relative_error"]
-    ]
-    found = means.mean().sort_values("relative_error", ignore_index=True)
-    return found.assign(relative_error=np.exp(found["relative_error"]))
+    runs = block.groupby("method")["relative_error"].agg(["count", "min"])
+    method = runs.sort_values(["count", "min"], ascending=[False, True]).index[0]
+    own = block.loc[block["method"] == method, ["limit_bits", "relative_error"]]
+    return own.sort_values("relative_error", ignore_index=True)
 
 
 def _draw_panel(axis: Axes, block: pd.DataFrame, labels: Sequence[str]) -> None:

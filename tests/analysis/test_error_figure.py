@@ -43,12 +43,13 @@ def test_layers_count_as_their_weights_and_those_without_a_limit_do_not(tmp_path
     assert found["relative_error"].tolist() == pytest.approx([10**-2.5])
 
 
-def test_the_line_is_the_mean_of_each_bits_setting(tmp_path: Path) -> None:
-    runs = [("rtn", 3, 0.2, 1.0), ("comq", 3, 0.05, 3.0), ("rtn", 2, 0.4, 0.5)]
+def test_the_line_is_that_of_the_method_with_the_most_points(tmp_path: Path) -> None:
+    runs = [("rtn", 3, 0.2, 1.0), ("comq", 3, 0.05, 3.0), ("rtn", 2, 0.4, 0.5), ("gptq", 3, 0.1, 2.0)]
     found = points(tmp_path, *(record(method=m, bits=b, layers=[layer(e, r)]) for m, b, e, r in runs))
     line = limit_line(found)
-    assert line["limit_bits"].tolist() == [2.0, 0.5]
-    assert line["relative_error"].tolist() == pytest.approx([0.1, 0.4])
+    assert line["limit_bits"].tolist() == [1.0, 0.5]
+    assert line["relative_error"].tolist() == pytest.approx([0.2, 0.4])
+    assert limit_line(found[found["bits"] == "W3"])["limit_bits"].tolist() == [3.0]
     axis = draw_errors(found).axes[0]
     assert LIMIT_LABEL in [text.get_text() for text in axis.texts]
     assert axis.get_yscale() == "log"
