@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,30 @@ def test_network_tuning_cut_between_epochs_ends_the_same(
     steps = count_steps(monkeypatch)
     module, again = quantize(choice, store(tmp_path), "network", **settings)
     assert len(steps) == report.tuning[0].steps / 2
+    assert_same(module, expected)
+    assert facts(again) == facts(report)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("qdrop", {}),
+        ("tesseraq", {"soft_fractions": [0.6, 0.3], "selection": "gradient", "selected": 0.7}),
+        ("gradient_ptq", {"unit": "network", "loss": "kl", "augmentation": "none", "float_target": False}),
+    ],
+)
+@pytest.mark.parametrize("writes", [2, 5, 8])
+def test_learned_rounding_cut_between_epochs_ends_the_same(
+    choice, tmp_path: Path, monkeypatch, name: str, settings: dict[str, Any], writes: int
+) -> None:
+    method = choice("method", name, iterations=24, batch_size=8, rounding_rate=0.05, **settings)
+    run = partial(quantize, choice, tuning="none", method=method, bits="w3a8")
+    expected, report = run(None)
+    assert report.tuning
+    interrupt(monkeypatch, writes, lambda: run(store(tmp_path)))
+    steps = count_steps(monkeypatch)
+    module, again = run(store(tmp_path))
+    assert len(steps) <= sum(t.steps for t in report.tuning)
     assert_same(module, expected)
     assert facts(again) == facts(report)
 
