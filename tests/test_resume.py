@@ -203,7 +203,7 @@ def test_network_tuning_cut_between_epochs_ends_the_same(
         ("gradient_ptq", {"unit": "network", "loss": "kl", "augmentation": "none", "float_target": False}),
     ],
 )
-@pytest.mark.parametrize("writes", [2, 5, 8])
+@pytest.mark.parametrize("writes", [2, 5, 7])
 def test_learned_rounding_cut_between_epochs_ends_the_same(
     choice, tmp_path: Path, monkeypatch, name: str, settings: dict[str, Any], writes: int
 ) -> None:
