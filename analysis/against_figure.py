@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from analysis.against import numeric, ordered
 from analysis.files import STYLE
@@ -106,14 +106,16 @@ def _draw_words(left: Axes, right: Axes, block: pd.DataFrame, labels: Sequence[s
         axis.set_ylim(-0.6, len(words) - 0.4)
         axis.grid(True, axis="y")
     if not metric.higher_is_better and block["mean"].max() > 3 * block["mean"].min():
-        left.set_xscale("log")
+        log_axis(left, block["mean"], margin=0.1, which="x")
     before = block["float"].dropna()
     if len(before):
         left.axvline(before.mean(), color="#222222", linestyle=(0, (5, 3)), linewidth=0.9, zorder=1.5)
     left.set_xlabel(f"{metric.title}, {metric.direction}")
     errors = _finite(block["layer_error"])
     if len(errors) and errors.max() > 3 * errors.min() > 0:
-        right.set_xscale("log")
+        log_axis(right, errors, margin=0.1, which="x")
+    else:
+        right.xaxis.set_major_locator(MaxNLocator(4))
     right.set_xlabel(ERROR_LABEL)
 
 
