@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from analysis.collect import Collection
 from analysis.files import STYLE
 from analysis.names import method_order
-from analysis.plotting import handles, log_axis, mark, panels, strip_rows, wide
+from analysis.plotting import handles, log_axis, mark, panels, strip_panels, strip_rows, wide
 from analysis.records import number
 
 COLUMNS = ["model", "data", "method", "bits", "seed", "unit", "step", "loss"]
@@ -63,23 +63,15 @@ def draw_losses(points: pd.DataFrame, settings: Sequence[str]) -> Figure:
         labels = sorted(set(points["method"]), key=method_order)
         entries = handles(labels, with_float=False, with_markers=False)
         figure, axes = panels(len(rows) * columns, columns, wide(columns), 1.75, entries)
-        for row, (title, block, strip) in enumerate(rows):
-            for column, axis in enumerate(axes[row * columns : (row + 1) * columns]):
-                if column >= len(strip):
-                    axis.remove()
-                    continue
-                panel = block[block["bits"] == strip[column]]
-                reached = []
-                for label in labels:
-                    curve = mean_curve(panel[panel["method"] == label])
-                    if curve is not None:
-                        axis.plot(100 * GRID, curve, **mark(label, labels).options() | {"marker": ""})
-                        reached.append(curve)
-                if reached:
-                    log_axis(axis, pd.Series(np.concatenate(reached)), margin=0.1)
-                axis.set_title(f"{title} · {strip[column]}" if column == 0 else strip[column], loc="left")
-                if column == 0:
-                    axis.set_ylabel("loss / first loss")
-                if row == len(rows) - 1:
-                    axis.set_xlabel("steps done, %")
+        for axis, panel, first in strip_panels(axes, rows, columns, "steps done, %"):
+            reached = []
+            for label in labels:
+                curve = mean_curve(panel[panel["method"] == label])
+                if curve is not None:
+                    axis.plot(100 * GRID, curve, **mark(label, labels).options() | {"marker": ""})
+                    reached.append(curve)
+            if reached:
+                log_axis(axis, pd.Series(np.concatenate(reached)), margin=0.1)
+            if first:
+                axis.set_ylabel("loss / first loss")
     return figure

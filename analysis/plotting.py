@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,6 +179,23 @@ def strip_rows(
         for strip in strips(own, columns)
     ]
     return rows, columns
+
+
+def strip_panels(
+    axes: Sequence[Axes], rows: Sequence[tuple[str, pd.DataFrame, list[str]]], columns: int, x_label: str
+) -> Iterator[tuple[Axes, pd.DataFrame, bool]]:
+    """The panels of `strip_rows` on `axes`, titled, with the points of their bits setting and whether they
+    stand first in their row; axes without a panel are removed.
+    """
+    for row, (title, block, strip) in enumerate(rows):
+        for column, axis in enumerate(axes[row * columns : (row + 1) * columns]):
+            if column >= len(strip):
+                axis.remove()
+                continue
+            yield axis, block[block["bits"] == strip[column]], column == 0
+            axis.set_title(f"{title} · {strip[column]}" if column == 0 else strip[column], loc="left")
+            if row == len(rows) - 1:
+                axis.set_xlabel(x_label)
 
 
 def is_bottom(position: int, count: int, columns: int) -> bool:

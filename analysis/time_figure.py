@@ -27,6 +27,7 @@ from analysis.plotting import (
     mark,
     panels,
     result_axis,
+    strip_panels,
     strip_rows,
     wide,
 )
@@ -62,17 +63,9 @@ def draw_times(points: pd.DataFrame, settings: Sequence[str], labels: Sequence[s
         entries = [] if direct else handles(shown, labels, with_pareto=True, with_lines=False)
         figure, axes = panels(len(rows) * columns, columns, wide(columns), 1.75, entries)
         drawn: list[tuple[Axes, pd.DataFrame]] = []
-        for row, (title, block, strip) in enumerate(rows):
-            for column, axis in enumerate(axes[row * columns : (row + 1) * columns]):
-                if column >= len(strip):
-                    axis.remove()
-                    continue
-                panel = block[block["bits"] == strip[column]]
-                _draw_panel(axis, panel, labels, named=column == 0, margin=0.2 if direct else 0.1)
-                axis.set_title(f"{title} · {strip[column]}" if column == 0 else strip[column], loc="left")
-                if row == len(rows) - 1:
-                    axis.set_xlabel(X_LABEL)
-                drawn.append((axis, panel))
+        for axis, panel, first in strip_panels(axes, rows, columns, X_LABEL):
+            _draw_panel(axis, panel, labels, named=first, margin=0.2 if direct else 0.1)
+            drawn.append((axis, panel))
         for axis, panel in drawn:
             metric = block_metric(panel)
             assert metric is not None

@@ -85,9 +85,7 @@ class Tuning:
     norms: bool  # weights and biases of normalisation layers
     biases: bool  # of the quantized layers
     activations: bool  # scales of the quantized layers' inputs, where these are quantized (LSQ)
-    # all else but weights, and biases of linear layers: class token, positions, tables of attention, and the
-    # biases of float convolutions (a patch embedding)
-    others: bool
+    others: bool  # all but layers: class token, positions, attention tables; biases of float convolutions too
     optimizer: Optimizer
     learning_rate: float
     relative_rate: bool  # the rate is multiplied by the root mean square of each parameter tensor
