@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import heapq
-import json
 import math
 import time
 from pathlib import Path
@@ -20,10 +19,10 @@ import numpy as np
 import pandas as pd
 import zstandard
 from hydra.utils import get_class
-from safetensors.torch import load_file
 
 from experiments.benchmark import distortion_limit, gram, seeded_layer
-from ptq.checkpoint import coded
+from ptq import packed_file
+from ptq.checkpoint import QUANTIZED, coded
 from ptq.coding import Ints, decode, encode, entropy
 from ptq.config import build, load_choice
 from ptq.errors import InputError
@@ -94,9 +93,10 @@ def rows(size: int, tokens: int, bits: list[float], pairs: list[str]) -> pd.Data
 
 
 def model_rows(directory: Path) -> pd.DataFrame:
-    """One row per entropy-coded layer of a saved model, and one for all of them."""
-    facts = json.loads((directory / "model.json").read_text())["layers"]
-    packed = load_file(directory / "quantized.safetensors")
+    """One row per entropy-coded layer of a saved model, one for all of them, and one for the file with its
+    directory (of any other quantized layers too).
+    """
+    facts, packed = packed_file.read(directory / QUANTIZED)
     table, seconds_of_all = [], 0.0
     for name, layer in facts.items():
         if not coded(layer):
@@ -116,7 +116,10 @@ def model_rows(directory: Path) -> pd.DataFrame:
         raise InputError(f"{directory} has no entropy-coded layer; save a model made with grid=entropy")
     weights = frame["weights"]
     means = [float((frame[c] * weights).sum() / weights.sum()) for c in columns[2:5]]
-    frame.loc[len(frame)] = ["all", weights.sum(), *means, weights.sum() / 1e6 / seconds_of_all]
+    total, speed = weights.sum(), weights.sum() / 1e6 / seconds_of_all
+    frame.loc[len(frame)] = ["all", total, *means, speed]
+    directory = 8 * (packed_file.file_bytes(facts, packed) - packed_file.packed_bytes(packed)) / total
+    frame.loc[len(frame)] = ["file", total, means[0] + directory, means[1], means[2] + directory, speed]
     return frame
 
 

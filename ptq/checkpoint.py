@@ -1,9 +1,9 @@
 """The saved quantized model: a folder with two safetensors files and one JSON file, and back to identical
 outputs.
 
-`quantized.safetensors` holds packed codes and grid parameters, so its size is
-bits_per_coefficient × weights / 8 (and a header); `float.safetensors` holds all other tensors; `model.json`
-says what each layer is and how to build the model, and holds checksums of the others and of itself.
+`quantized.safetensors` holds what each layer is, packed codes and grid parameters (packed_file.py), so its
+size is bits_per_coefficient × weights / 8 and some twenty bytes a tensor; `float.safetensors` holds all other
+tensors; `model.json` says how to build the model, and holds checksums of the others and of itself.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ptq import packed_file
 from ptq.activations import ActivationQuantizer
 from ptq.config import build
 from ptq.errors import InputError
@@ -25,8 +25,8 @@ from ptq.layers import QuantizedLayer, names_of, replace_module
 from ptq.models.adapter import load_state_strictly
 from ptq.preparation import FoldedNorm, fold
 
-FORMAT = 2
-TENSORS = ("quantized.safetensors", "float.safetensors")
+FORMAT = 3
+QUANTIZED, FLOAT = "quantized.safetensors", "float.safetensors"
 
 
 def save(module: nn.Module, directory: Path | str, model_config: dict[str, Any] | None = None) -> Path:
@@ -37,13 +37,13 @@ def save(module: nn.Module, directory: Path | str, model_config: dict[str, Any] 
     directory.mkdir(parents=True, exist_ok=True)
     facts, packed, rest = contents(module)
     folded = {n: m.layer for n, m in module.named_modules() if isinstance(m, FoldedNorm)}
-    content = {"format": FORMAT, "model": model_config, "folded_norms": folded, "layers": facts}
-    sums = {}
-    for name, tensors in zip(TENSORS, (packed, rest), strict=True):
-        save_file(tensors, directory / f"{name}.part")
-        sums[name] = _checksum(directory / f"{name}.part")
-        (directory / f"{name}.part").replace(directory / name)
-    content["checksums"] = sums
+    content = {"format": FORMAT, "model": model_config, "folded_norms": folded}
+    parts = {name: directory / f"{name}.part" for name in (QUANTIZED, FLOAT)}
+    packed_file.write(parts[QUANTIZED], facts, packed)
+    save_file(rest, parts[FLOAT])
+    content["checksums"] = {name: _checksum(part) for name, part in parts.items()}
+    for name, part in parts.items():
+        part.replace(directory / name)
     content["checksum"] = _checksum_of(content)
     part = directory / "model.json.part"
     part.write_text(json.dumps(content, indent=1))
@@ -66,15 +66,16 @@ def load(directory: Path | str, module: nn.Module | None = None) -> nn.Module:
                 f"{directory} does not say how to build its model; pass the float model as `module`"
             )
         module = build(content["model"], "model").load().module
-    packed, rest = (load_file(directory / name) for name in TENSORS)
+    layers, packed = packed_file.read(directory / QUANTIZED)
+    rest = load_file(directory / FLOAT)
     known = dict(module.named_modules())
     folded = content.get("folded_norms", {})
-    strangers = sorted({*content["layers"], *folded, *folded.values()} - known.keys())
+    strangers = sorted({*layers, *folded, *folded.values()} - known.keys())
     if strangers:
         raise InputError(f"{directory} has layers that the model lacks: {', '.join(strangers)}")
     for norm, layer in folded.items():
         fold(module, layer, norm)
-    replace_layers(module, content["layers"], packed, rest)
+    replace_layers(module, layers, packed, rest)
     types = {k: t.dtype for k, t in module.state_dict().items()}
     other = [k for k, t in rest.items() if k in types and types[k] != t.dtype]
     if other:
@@ -83,7 +84,7 @@ def load(directory: Path | str, module: nn.Module | None = None) -> nn.Module:
             f"{', '.join(other[:5])}; load the float model in the saved type"
         )
     load_state_strictly(module, {**packed, **rest}, directory)
-    for name in content["layers"]:  # entropy-coded layers decode here, so a damaged file is refused now
+    for name in layers:  # entropy-coded layers decode here, so a damaged file is refused now
         try:
             replaced = module.get_submodule(name)
             assert isinstance(replaced, QuantizedLayer)
@@ -96,7 +97,7 @@ def load(directory: Path | str, module: nn.Module | None = None) -> nn.Module:
 
 def _verified(directory: Path) -> dict[str, Any]:
     """The content of model.json, once the folder is whole and every file is what `save` wrote."""
-    for name in ("model.json", *TENSORS):
+    for name in ("model.json", QUANTIZED, FLOAT):
         if not (directory / name).is_file():
             raise InputError(f"{directory} is not a saved quantized model: {name} is missing")
     try:
@@ -106,7 +107,9 @@ def _verified(directory: Path) -> dict[str, Any]:
         raise InputError(f"{directory}/model.json is damaged: {error}; save the model again") from error
     if known != FORMAT:
         raise InputError(f"{directory}/model.json has format {known!r}; this version reads {FORMAT}")
-    damaged = [name for name in TENSORS if _checksum(directory / name) != content["checksums"][name]]
+    damaged = [
+        name for name in (QUANTIZED, FLOAT) if _checksum(directory / name) != content["checksums"][name]
+    ]
     if content.pop("checksum", None) != _checksum_of(content):
         damaged.insert(0, "model.json")
     if damaged:
@@ -137,15 +140,27 @@ def contents(
     """What a quantized model is, on the host: facts of each quantized layer, packed tensors, all other
     tensors. `part` is the name of a submodule that is wanted alone; names are the whole model's.
     """
+    facts, packed = _quantized_contents(module, part)
     prefix = f"{part}." if part else ""
+    state = module.get_submodule(part).state_dict(prefix=prefix)
+    rest = {k: t.cpu().clone().contiguous() for k, t in state.items() if k not in packed}
+    return facts, packed, rest
+
+
+def _quantized_contents(
+    module: nn.Module, part: str = ""
+) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
     inside = dict(module.get_submodule(part).named_modules(prefix=part))
     layers = {n: m for n, m in inside.items() if isinstance(m, QuantizedLayer)}
     packed = {
         f"{n}.{k}": t.cpu().contiguous() for n, layer in layers.items() for k, t in layer.packed.items()
     }
-    state = module.get_submodule(part).state_dict(prefix=prefix)
-    rest = {k: t.cpu().clone().contiguous() for k, t in state.items() if k not in packed}
-    return {n: {**layer.facts, **_input_facts(layer)} for n, layer in layers.items()}, packed, rest
+    return {n: {**layer.facts, **_input_facts(layer)} for n, layer in layers.items()}, packed
+
+
+def file_bytes(module: nn.Module) -> int:
+    """Size that the file of the quantized layers has or would have, directory and header included."""
+    return packed_file.file_bytes(*_quantized_contents(module))
 
 
 def replace_layers(
@@ -185,10 +200,5 @@ def coded(facts: dict[str, Any]) -> bool:
 
 
 def quantized_bytes(directory: Path | str) -> int:
-    """Bytes of packed tensors in the saved file, its header left out."""
-    total = 0
-    with safe_open(Path(directory) / "quantized.safetensors", framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118  # safe_open is no mapping
-            tensor = file.get_tensor(name)
-            total += tensor.numel() * torch.empty((), dtype=tensor.dtype).element_size()
-    return total
+    """Bytes of packed tensors in the saved file, its directory left out."""
+    return packed_file.packed_bytes(packed_file.read(Path(directory) / QUANTIZED)[1])

@@ -52,9 +52,13 @@ class Report:
     mixed_precision: dict[str, Any] | None = None  # how widths were chosen, where they were
     seconds: dict[str, float] = field(default_factory=lambda: {"capture": 0.0, "solve": 0.0})
 
+    def weights(self) -> int:
+        """How many weights the quantized layers have."""
+        return sum(_count(layer.shape) for layer in self.layers)
+
     def bits_per_coefficient(self) -> dict[str, float]:
         """Stored bits of the quantized layers per weight of theirs: codes, parameters, total."""
-        count = sum(_count(layer.shape) for layer in self.layers)
+        count = self.weights()
         if count == 0:
             return {"codes": 0.0, "parameters": 0.0, "total": 0.0}
         codes = sum(layer.storage_bits["codes"] for layer in self.layers) / count
@@ -67,7 +71,7 @@ class Report:
         added.
         """
         quantized = sum(sum(layer.storage_bits.values()) for layer in self.layers)
-        weights = sum(_count(layer.shape) for layer in self.layers)
+        weights = self.weights()
         quantizers = [m for m in module.modules() if isinstance(m, ActivationQuantizer)]
         steps = {id(p) for quantizer in quantizers for p in quantizer.parameters()}
         rest = [p for p in module.parameters() if id(p) not in steps]

@@ -293,6 +293,7 @@ def _execute(
     )
     clock.lap("evaluate")
     record["bits_per_coefficient"] = report.bits_per_coefficient()
+    record["file_bits_per_coefficient"] = 8 * checkpoint.file_bytes(module) / max(1, report.weights())
     record["model_bits_per_coefficient"] = report.model_bits_per_coefficient(module)
     record["layers"] = [
         {

@@ -68,6 +68,8 @@ def test_the_record(tmp_path: Path) -> None:
     assert bits["total"] == pytest.approx(bits["codes"] + bits["parameters"])
     weights = sum(np.prod(layer["shape"]) for layer in record["layers"])
     assert record["saved_bytes"] * 8 / weights == pytest.approx(bits["total"], abs=0.01)
+    size = (directory / "model" / "quantized.safetensors").stat().st_size
+    assert record["file_bits_per_coefficient"] * weights == pytest.approx(8 * size)
     assert record["model_bits_per_coefficient"] > bits["total"]
     assert {layer["bits"] for layer in record["layers"]} == {3}
     assert all(0 < layer["relative_error"] < 0.5 for layer in record["layers"])

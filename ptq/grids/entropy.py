@@ -289,7 +289,7 @@ class EntropyGrid:
         }
         facts: dict[str, Any] = {
             "grid": "ptq.grids.entropy.EntropyGrid",
-            "bits": 8 * len(stream) / codes.numel(),
+            "bits": round(8 * len(stream) / codes.numel(), 3),
             "shape": list(codes.shape),
             "code_max": self.code_max,
             "unit_size": self.unit_size,

@@ -24,11 +24,14 @@ def test_the_streams_of_a_saved_model(model, tmp_path) -> None:
     quantized, report = ptq.quantize_model(model[0], [model[1]], "gptq", "entropy_rows", 2.5)
     folder = ptq.save(quantized, tmp_path / "model")
     table = model_rows(folder)
-    assert table["layer"].tolist() == ["0", "2", "all"]
-    total = table.iloc[-1]
+    assert table["layer"].tolist() == ["0", "2", "all", "file"]
+    total, file = table.iloc[-2], table.iloc[-1]
     assert total["weights"] == 64 * 96 + 96 * 40
     assert total["stored"] == pytest.approx(report.bits_per_coefficient()["total"])
     assert total["stored"] * total["weights"] == pytest.approx(8 * quantized_bytes(folder))
+    size = (folder / "quantized.safetensors").stat().st_size
+    assert file["stored"] * file["weights"] == pytest.approx(8 * size)
+    assert file["gap"] - total["gap"] == pytest.approx(8 * (size - quantized_bytes(folder)) / file["weights"])
     assert total["gap"] == pytest.approx(total["stored"] - total["pooled entropy"])
 
 
