@@ -113,7 +113,7 @@ class Choice:
 
 
 def check_mixed(
-    bits: MixedBits, method: LayerMethod, grid: GridSpec, calibration: Calibration | NoCalibration
+    bits: MixedBits, method: object, grid: GridSpec, calibration: Calibration | NoCalibration
 ) -> None:
     """Raise InputError where method, grid or calibration do not go with mixed precision."""
     if isinstance(grid, RatedGridSpec):
@@ -147,7 +147,7 @@ class _Sizer:
     """Stored bits of layers by width."""
 
     adapter: ModelAdapter
-    method: LayerMethod
+    method: object
     grid: GridSpec
     group_size: int | None
 
@@ -166,7 +166,7 @@ class _Sizer:
 
 
 def budget_bits(
-    bits: MixedBits, adapter: ModelAdapter, plan: Plan, method: LayerMethod, grid: GridSpec
+    bits: MixedBits, adapter: ModelAdapter, plan: Plan, method: object, grid: GridSpec
 ) -> tuple[int, int]:
     """The budget in bits, and the number of weights that it is for."""
     sizer = _Sizer(adapter=adapter, method=method, grid=grid, group_size=bits.group_size)
@@ -184,14 +184,15 @@ def choose(
     plan: Plan,
     batches: list[Any],
     *,
-    method: LayerMethod,
+    method: object,
     grid: GridSpec,
     calibration: Calibration | NoCalibration,
     seed: int,
 ) -> Choice:
     """The widths with the least cost within the budget; `adapter.module` is float and stays as it is.
 
-    Raises InputError where the budget is too small for the narrowest widths.
+    `method` is the job's, layer-wise where rounding=method asks it. Raises InputError where the budget is
+    too small for the narrowest widths.
     """
     started = time.perf_counter()
     uniform = allocate(adapter, plan, bits)
@@ -212,6 +213,7 @@ def choose(
 
     def rounded(problem: LayerProblem, width: float) -> tuple[Tensor, Grid]:
         if bits.rounding is Rounding.method:
+            assert isinstance(method, LayerMethod)
             return method.quantize_layer(problem, grid, width, bits.group_size)
         fitted = grid.fit(problem.W, width, bits.group_size, problem.H)
         return nearest(problem, fitted), fitted

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,14 +48,13 @@ def quantize(
     """
     if isinstance(method, WholeNetworkMethod):
 
-        def solve(other: ModelAdapter, starting: LayerMethod) -> Report:
-            plain = replace(bits, activation=None, activation_first_last=None)
+        def solve(other: ModelAdapter, starting: LayerMethod, widths: Bits) -> Report:
             return quantize(
                 other,
                 batches,
                 method=starting,
                 grid=grid,
-                bits=plain,
+                bits=widths,
                 calibration=calibration,
                 device=device,
                 seed=seed,

@@ -75,12 +75,18 @@ class Source:
 
 @dataclass(kw_only=True)
 class Budget:
-    """Rates that were planned and what of their sum is left; what a layer misses goes to those after it."""
+    """Rates that were planned and what of their sum is left; what a layer misses goes to those after it.
+
+    Codes that are learned after the layer was quantized take other bits than before: what that adds is paid
+    for by the layers that come after, and expected of them too.
+    """
 
     rates: dict[str, float]  # bits per weight of every layer that shares the budget
     counts: dict[str, int]  # its weights
     most_bits: float
     carried: float = 0.0  # bits that the layers so far have left (below zero: overdrawn)
+    grown: float = 0.0  # bits that training has added to layers so far
+    trained: int = 0  # weights of these
     left: int = field(init=False)  # weights still to come
 
     def __post_init__(self) -> None:
@@ -90,7 +96,8 @@ class Budget:
         """Rate for the layer that comes next; `otherwise` for one outside the budget."""
         if name not in self.rates:
             return otherwise
-        rate = self.rates[name] + self.carried / self.left
+        growth = self.grown / self.trained if self.trained else 0.0
+        rate = self.rates[name] + self.carried / self.left - growth
         return min(max(rate, LOWEST_RATE), self.most_bits)
 
     def spend(self, name: str, stored_bits: int) -> None:
@@ -98,6 +105,13 @@ class Budget:
         if name in self.rates:
             self.carried += self.rates[name] * self.counts[name] - stored_bits
             self.left -= self.counts[name]
+
+    def grow(self, name: str, bits: int) -> None:
+        """Enter what training added to the layer."""
+        if name in self.rates:
+            self.carried -= bits
+            self.grown += bits
+            self.trained += self.counts[name]
 
 
 def check_allocation(grid: GridSpec, calibration: Calibration | NoCalibration) -> None:

@@ -26,6 +26,7 @@ class LayerReport:
     clipped_fraction: float | None = (
         None  # weights beyond the range, of methods that train it; None elsewhere
     )
+    grown_bits: int = 0  # of storage_bits: what learning the codes added
 
 
 @dataclass(kw_only=True)

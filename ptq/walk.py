@@ -200,13 +200,17 @@ class Walk:
             restored = saved.restore(k)
             if self.budget is not None:
                 for layer in restored:
-                    self.budget.spend(layer.name, sum(layer.storage_bits.values()))
+                    self.budget.spend(layer.name, sum(layer.storage_bits.values()) - layer.grown_bits)
+                    if k < saved.done and self.wants.blocks:
+                        self.budget.grow(layer.name, layer.grown_bits)
             if k >= saved.done and not restored:
                 for stage in stages:
                     self._quantize_stage(unit, stage, inputs, bar)
                 saved.keep(k, done=original is None)
             if original is not None:
                 self._reconstruct(unit, original, inputs, progress, saved.place(k))
+                if self.wants.blocks:
+                    self._remeasure({name for stage in unit.stages for name in stage})
                 saved.keep(k, done=True)
             if following is not None and following.chained and gathers:
                 started = time.perf_counter()
@@ -235,16 +239,22 @@ class Walk:
             )
             self._tuned(trained)
             self._reestimate()
-        self._remeasure()
+        if self.wants.network:
+            self._remeasure(set(layers))
         return self.report
 
-    def _remeasure(self) -> None:
-        """Sizes after training: where codes were learned, those of an entropy-coded layer are others."""
-        for layer in self.report.layers if self.wants.blocks or self.wants.network else []:
+    def _remeasure(self, names: set[str]) -> None:
+        """Sizes after training: where codes were learned, those of an entropy-coded layer are others, and the
+        layers to come make up for it.
+        """
+        for layer in (layer for layer in self.report.layers if layer.name in names):
             module = self.student.get_submodule(layer.name)
             assert isinstance(module, QuantizedLayer)
             grid, codes = module.grid_and_codes()
-            layer.storage_bits = grid.storage_bits(codes)
+            before, layer.storage_bits = sum(layer.storage_bits.values()), grid.storage_bits(codes)
+            layer.grown_bits = sum(layer.storage_bits.values()) - before
+            if self.budget is not None:
+                self.budget.grow(layer.name, layer.grown_bits)
 
     def _reestimate(self) -> None:
         if isinstance(self.calibration, Calibration) and self.calibration.reestimate_batchnorm:

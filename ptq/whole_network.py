@@ -20,7 +20,7 @@ from ptq.calibration import Calibration, NoCalibration
 from ptq.errors import InputError
 from ptq.layers import QuantizedLayer
 from ptq.methods.method import GridSpec, LayerMethod, check_pair
-from ptq.mixed_precision import MixedBits
+from ptq.mixed_precision import Granularity, MixedBits, Rounding, choose
 from ptq.models.adapter import ModelAdapter
 from ptq.models.graph import ScaleGraph
 from ptq.observers import Activations, check_activations
@@ -90,8 +90,15 @@ def check_whole(
                 f"calibration.{key}=true mends a network that was quantized layer by layer; a method that "
                 "trains the network folds its BatchNorms and learns the biases itself: leave it false"
             )
-    if isinstance(bits, MixedBits):
-        raise InputError("bits=mixed asks a layer-wise method what a width costs; use fixed widths here")
+    if isinstance(bits, MixedBits) and bits.rounding is Rounding.method:
+        raise InputError(
+            "bits.rounding=method asks a layer-wise method what a width costs, and a method that trains the "
+            "network has no answer for one layer; use bits.rounding=nearest"
+        )
+    if isinstance(bits, MixedBits) and bits.granularity is Granularity.channel:
+        raise InputError(
+            "a scale matrix of rank one has rows of one width; use bits.granularity=layer with this method"
+        )
     if bits.group_size is not None:
         raise InputError(
             f"a scale matrix of rank one has no groups of inputs; got bits.group_size={bits.group_size}, "
@@ -108,7 +115,7 @@ def check_whole(
 def quantize_whole(
     adapter: ModelAdapter,
     batches: list[Tensor],
-    solve: Callable[[ModelAdapter, LayerMethod], Report],
+    solve: Callable[[ModelAdapter, LayerMethod, Bits], Report],
     *,
     method: WholeNetworkMethod,
     grid: GridSpec,
@@ -122,7 +129,7 @@ def quantize_whole(
     resume: Resume,
 ) -> Report:
     """Quantize `adapter.module` in place by `method`. `solve` runs a layer-wise method on another adapter,
-    weights only.
+    weights only, with the widths it is given. Mixed widths are chosen on the folded network.
     """
     if not batches:
         raise InputError(
@@ -135,7 +142,6 @@ def quantize_whole(
     images = [batch.to(device) for batch in batches]
     plan = trace(adapter, images[0])
     allocation = allocate(adapter, plan, bits)
-    activation_bits = allocate_activations(adapter, plan, bits, allocation)
     started = time.perf_counter()
     report = Report(skipped=skipped_parameters(adapter, plan, allocation))
     graph = folded_graph(adapter, images[0])
@@ -146,11 +152,29 @@ def quantize_whole(
             "name them in bits.skip"
         )
     report.seconds["capture"] = time.perf_counter() - started
+    if isinstance(bits, MixedBits):
+        chosen = choose(
+            bits, adapter, plan, images, method=method, grid=grid, calibration=calibration, seed=seed
+        )
+        allocation = chosen.layers
+        report.mixed_precision, report.seconds["allocate"] = chosen.facts, chosen.facts["seconds"]
+    activation_bits = allocate_activations(adapter, plan, bits, allocation)
     start: dict[str, QuantizedLayer] = {}
     starting = method.start_method()
     if starting is not None:
         other = replace(adapter, module=copy.deepcopy(adapter.module))
-        begun = solve(other, starting)
+        widths = {name: width for name, width in allocation.items() if width is not None}
+        plain = Bits(
+            weight=bits.weight,
+            group_size=None,
+            first_last=None,
+            layers=widths,
+            skip=[name for name in allocation if name not in widths],
+            activation=None,
+            activation_first_last=None,
+            activation_skip=[],
+        )
+        begun = solve(other, starting, plain)
         start = {n: m for n, m in other.module.named_modules() if isinstance(m, QuantizedLayer)}
         report.seconds["start"] = sum(begun.seconds.values())
     started = time.perf_counter()

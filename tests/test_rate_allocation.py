@@ -85,6 +85,19 @@ def test_what_a_layer_misses_goes_to_those_after_it() -> None:
     assert budget.ask("c", 7) == pytest.approx(1.1)
 
 
+def test_what_training_adds_is_paid_for_and_expected() -> None:
+    counts = {"a": 100, "b": 50, "c": 50}
+    budget = Budget(rates=dict.fromkeys(counts, 2.0), counts=counts, most_bits=16)
+    budget.spend("a", 200)
+    budget.grow("a", 10)
+    assert budget.ask("b", 7) == pytest.approx(2.0 - 0.1 - 0.1)  # a's debt, and what b will grow by
+    budget.spend("b", 90)
+    budget.grow("b", 5)
+    assert budget.ask("c", 7) == pytest.approx(2.0 - 0.1 - 0.1)
+    budget.grow("outside", 10**6)
+    assert budget.ask("c", 7) == pytest.approx(1.8)
+
+
 class Scaled(nn.Module):
     """Two like layers side by side; the outputs of the second count `gain` times as much."""
 
@@ -173,6 +186,27 @@ def test_the_file_meets_the_budget(choice, allocation: str, first_last: float | 
     assert report.bits_per_coefficient()["total"] == pytest.approx(1.4, abs=0.005)
     rates = [layer.bits for layer in report.layers]
     assert max(rates) - min(rates) > 0.5 or allocation == "equal_rate"
+
+
+@pytest.mark.parametrize("method", ["decoupleq", "awq", "comq", "brecq"])
+def test_every_method_meets_the_budget(choice, method: str) -> None:
+    """Layers whose codes jump over their rate, or are learned afterwards, are made up for by the others."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        body = [layer for _ in range(4) for layer in (nn.Linear(40, 40), nn.ReLU())]
+        module = nn.Sequential(*body, nn.Linear(40, 30)).eval()
+        X = torch.randn(128, 40)
+    trained = {"iterations": 30, "rounding_rate": 0.02} if method == "brecq" else {}
+    report = quantize(
+        ModelAdapter(name="m", module=module, task="any", forward=lambda m, x: m(x)),
+        [X],
+        method=choice("method", method, **trained),
+        grid=choice("grid", "entropy"),
+        bits=choice("bits", "w2", weight=2.5),
+        calibration=choice("calibration", "default", num_samples=128),
+    )
+    assert report.bits_per_coefficient()["total"] == pytest.approx(2.5, abs=0.006)
+    assert any(layer.grown_bits for layer in report.layers) == bool(trained)
 
 
 def test_ends_that_take_the_whole_budget_are_refused(choice) -> None:

@@ -54,7 +54,7 @@ class SelectingMethod(LayerMethod, Protocol):
         """The best candidate at `bits`; `reference` holds the float model's metrics on the same split."""
 
 
-def chooses(method: LayerMethod, grid: GridSpec) -> bool:
+def chooses(method: object, grid: GridSpec) -> bool:
     """Whether the method has two candidates or more to choose between."""
     return (
         isinstance(method, SelectingMethod) and isinstance(grid, CandidateGrid) and len(grid.candidates()) > 1

@@ -161,6 +161,26 @@ def test_saved_model_gives_identical_outputs_in_the_counted_bytes(tmp_path, name
     assert counted == 8 * quantized_bytes(folder)
 
 
+@pytest.mark.parametrize("method", ["gptq", "watersic", "brecq"])
+def test_inputs_of_eight_bits_beside_entropy_coded_weights(choice, tmp_path, method: str) -> None:
+    """The rate is the weights' own, and the file brings both back."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Mixed().eval()
+        X = torch.randn(16, 3, 12, 12)
+    bits = choice("bits", "rate", weight=3.0, activation=8)
+    settings = {"iterations": 10} if method == "brecq" else {}
+    quantized, report = ptq.quantize_model(model, [X], method, "entropy", bits, **settings)
+    assert all(layer.activation["bits"] == 8 for layer in report.layers)
+    assert report.bits_per_coefficient()["total"] == pytest.approx(
+        3.0, abs=0.05
+    )  # 8-bit steps are of 700 weights
+    again = ptq.load(ptq.save(quantized, tmp_path / "model"), Mixed())
+    assert torch.equal(again(X), quantized(X))
+    only, _ = ptq.quantize_model(model, [X], method, "entropy", 3.0, **settings)
+    assert not torch.equal(only(X), quantized(X))
+
+
 def test_a_damaged_file_is_refused(tmp_path) -> None:
     model = nn.Sequential(nn.Linear(30, 20))
     quantized, _ = ptq.quantize_model(model, [torch.randn(64, 30)], "gptq", "entropy", 3)
