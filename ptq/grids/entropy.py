@@ -2,10 +2,11 @@
 
 Error feedback on such a grid with one step is "Huffman-GPTQ" (arXiv 2507.18553); steps that make the cells of
 error feedback equally wide in the output are WaterSIC's (arXiv 2603.04956, equation 11). Steps are shared by
-all rows: at equal steps the rate goes by itself where a row or column needs it.
+all rows unless `rows` says otherwise: at equal steps the rate goes by itself where a row or column needs it.
 Differs from both: what is counted is the stream in the file (ptq/coding.py), with everything in it. `bits` is
 the total that is wanted; `fit` comes near it, ptq/rate.py meets it.
-Shapes: W, codes [groups, out, in]; octaves [groups, units], a unit being `group_size` inputs, or the layer.
+Shapes: W, codes [groups, out, in]; octaves [groups, units], a unit being `group_size` inputs, or the layer;
+row_octaves [groups, out].
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Rows(Enum):
     """What a row's own scale is, on top of the steps."""
 
     equal = "equal"  # there is none
+    classes = "classes"  # the row's largest magnitude, rounded to fractions of an octave: a few bits, coded
     largest = "largest"  # the row's largest magnitude, in 16 bits
 
 
@@ -128,6 +130,7 @@ class Entropy:
         grid = EntropyGrid(
             step=W.new_ones(()),
             octaves=self._octaves(W, H, size, weight),
+            row_octaves=self._row_octaves(W),
             dead=dead,
             octave_parts=self.octave_parts,
             unit_size=size,
@@ -135,12 +138,13 @@ class Entropy:
             parameter_bits=self.parameter_bits,
             decode_once=self.decode is Decode.at_load,
         )
-        return grid.with_step(_step_for(W.abs() / grid.columns().to(W.dtype)[:, None], bits)).reaching(W)
+        return grid.with_step(_step_for(W.abs() / grid.relative().to(W.dtype), bits)).reaching(W)
 
     def size(self, W: Tensor, bits: float, group_size: int | None = None) -> dict[str, int]:
         """Bits that W is meant to take, {"codes", "parameters"}: the target, which the rate search meets."""
         self.check(bits, group_size)
-        parameters = self.parameter_bits + (0 if self.rows is Rows.equal else 16 * W.shape[0] * W.shape[1])
+        row_scales = 16 * W.shape[0] * W.shape[1] if self.rows is Rows.largest else 0
+        parameters = self.parameter_bits + row_scales
         return {"codes": max(0, round(bits * W.numel()) - parameters), "parameters": parameters}
 
     def _octaves(self, W: Tensor, H: Tensor | None, size: int, weight: Tensor | None) -> Tensor:
@@ -154,8 +158,18 @@ class Entropy:
             weight = prepare(problem, damping=self.damping, act_order=self.act_order).weight()
         logarithm = -0.5 * weight.double().log2()
         logarithm = torch.nn.functional.pad(logarithm, (0, units * size - in_features), value=math.nan)
-        mean = logarithm.reshape(groups, units, size).nanmean(-1)
-        octaves = ((mean - mean.median()) * self.octave_parts).round().long()
+        return self._rounded(logarithm.reshape(groups, units, size).nanmean(-1))
+
+    def _row_octaves(self, W: Tensor) -> Tensor:
+        """k of each row, [groups, out]: 0 but for rows=classes, and for rows of zeros."""
+        largest = W.abs().amax(-1).double()
+        if self.rows is not Rows.classes or not bool((largest > 0).any()):
+            return torch.zeros(largest.shape, dtype=torch.int64, device=W.device)
+        usual = largest[largest > 0].median()
+        return self._rounded(torch.where(largest > 0, largest, usual).log2())
+
+    def _rounded(self, logarithm: Tensor) -> Tensor:
+        octaves = ((logarithm - logarithm.median()) * self.octave_parts).round().long()
         farthest = FARTHEST_OCTAVE * self.octave_parts
         return octaves.clamp(-farthest, farthest)
 
@@ -183,10 +197,11 @@ def _step_for(x: Tensor, bits: float) -> float:
 
 @dataclass(kw_only=True, slots=True)
 class EntropyGrid:
-    """A fitted entropy grid: value = step · 2^(octaves / octave_parts) · code."""
+    """A fitted entropy grid: value = step · 2^((octaves + row_octaves) / octave_parts) · code."""
 
     step: Tensor  # scalar
     octaves: Tensor  # [groups, units] int64
+    row_octaves: Tensor  # [groups, out] int64
     dead: Tensor  # [groups, in] bool, inputs whose weights are rounded to 0
     octave_parts: int
     unit_size: int  # inputs of a unit
@@ -200,7 +215,7 @@ class EntropyGrid:
 
     @property
     def shared(self) -> bool:
-        """Rows share all steps."""
+        """Rows share the layer's step."""
         return True
 
     def columns(self) -> Tensor:
@@ -208,30 +223,41 @@ class EntropyGrid:
         relative = torch.exp2(self.octaves.double() / self.octave_parts)
         return relative.repeat_interleave(self.unit_size, -1)[:, : self.dead.shape[-1]]
 
+    def relative(self) -> Tensor:
+        """Step of each weight over the layer's, [groups, 1 | out, in] float64."""
+        columns = self.columns()[:, None]
+        return columns * self._row_factors() if bool(self.row_octaves.any()) else columns
+
+    def _row_factors(self) -> Tensor:
+        return torch.exp2(self.row_octaves.double() / self.octave_parts)[..., None]  # [groups, out, 1]
+
     def _steps(self) -> Tensor:
-        """[groups, in] in the step's dtype."""
-        return (self.step.double() * self.columns()).to(self.step.dtype)
+        """[groups, 1 | out, in] in the step's dtype."""
+        return (self.step.double() * self.relative()).to(self.step.dtype)
 
     def round(self, W: Tensor) -> Tensor:
-        x = (W / self._steps()[:, None]).round().clamp(self.code_min, self.code_max)
+        x = (W / self._steps()).round().clamp(self.code_min, self.code_max)
         x = x.masked_fill(self.dead[:, None], 0)
         return x.to(torch.int16 if self.code_max < 2**15 else torch.int32)
 
     def values(self, codes: Tensor) -> Tensor:
-        return codes.to(self.step.dtype) * self._steps()[:, None]
+        return codes.to(self.step.dtype) * self._steps()
 
     def round_column(self, w: Tensor, column: int | Tensor) -> tuple[Tensor, Tensor]:
         if isinstance(column, int):
             octaves, dead = self.octaves[:, column // self.unit_size, None], self.dead[:, column, None]
         else:
             octaves, dead = self.octaves.gather(-1, column // self.unit_size), self.dead.gather(-1, column)
-        step = (self.step.double() * torch.exp2(octaves.double() / self.octave_parts)).to(self.step.dtype)
+        relative = torch.exp2(octaves.double() / self.octave_parts)
+        if bool(self.row_octaves.any()):
+            relative = relative * self._row_factors()[..., 0]
+        step = (self.step.double() * relative).to(self.step.dtype)
         codes = (w / step).round_().clamp_(self.code_min, self.code_max).masked_fill_(dead, 0)
         return codes, codes * step
 
     def refit(self, codes: Tensor, W: Tensor, H: Tensor) -> EntropyGrid:
         """Least squares for the layer's step; the other steps keep their ratio to it."""
-        basis = codes.double() * self.columns()[:, None]
+        basis = codes.double() * self.relative()
         M, v = (x.sum().double() for x in normal_equations([basis], W.double(), H.double(), None))
         step = float(v / M) if float(M) > 0 else 0.0
         if not 0 < step < math.inf:
@@ -248,7 +274,7 @@ class EntropyGrid:
 
     def reaching(self, W: Tensor) -> EntropyGrid:
         """The grid with integers that hold W and what error feedback may add to it: 16 bits mostly."""
-        largest = float((W.abs() / self._steps()[:, None]).max())
+        largest = float((W.abs() / self._steps()).max())
         return replace(self, code_max=2**15 - 1 if largest < 2**11 else 2**30)
 
     def where(self, better: Tensor, other: EntropyGrid) -> EntropyGrid:
@@ -275,10 +301,10 @@ class EntropyGrid:
         return replace(self, step=stored.to(self.step.dtype).to(self.step.device))
 
     def stream(self, codes: Tensor) -> bytes:
-        """The coded form of codes [groups, out, in] and of the units' steps."""
+        """The coded form of codes [groups, out, in] and of the units' and rows' steps."""
         matrix = codes.detach().cpu().numpy().astype(np.int64).reshape(-1, codes.shape[-1])
-        octaves = self.octaves.cpu().numpy().reshape(-1)
-        return coding.encode(matrix, [octaves] if octaves.any() else [])
+        extras = [octaves.cpu().numpy().reshape(-1) for octaves in (self.octaves, self.row_octaves)]
+        return coding.encode(matrix, [octaves for octaves in extras if octaves.any()])
 
     def storage(self, codes: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
         stream = self.stream(codes)
@@ -295,6 +321,7 @@ class EntropyGrid:
             "unit_size": self.unit_size,
             "octave_parts": self.octave_parts,
             "flat": not bool(self.octaves.any()),
+            "flat_rows": not bool(self.row_octaves.any()),
             "parameter_bits": self.parameter_bits,
             "step_exponent": exponent,
             "checksum": zlib.crc32(stream),
@@ -314,12 +341,19 @@ class EntropyGrid:
             )
         shape, device = tuple(facts["shape"]), tensors["codes"].device
         units = math.ceil(shape[-1] / facts["unit_size"])
-        lengths = [] if facts["flat"] else [shape[0] * units]
+        counts = {"flat": (shape[0], units), "flat_rows": shape[:2]}
+        lengths = [math.prod(count) for key, count in counts.items() if not facts[key]]
         matrix, extras = coding.decode(stream, (math.prod(shape[:-1]), shape[-1]), lengths)
-        octaves = extras[0] if extras else np.zeros(shape[0] * units, np.int64)
+        octaves, row_octaves = (
+            torch.zeros(count, dtype=torch.int64, device=device)
+            if facts[key]
+            else torch.from_numpy(extras.pop(0)).reshape(count).to(device)
+            for key, count in counts.items()
+        )
         grid = cls(
             step=unpack_parameter(tensors["step"], facts["step_exponent"]).reshape(()).to(device),
-            octaves=torch.from_numpy(octaves).reshape(shape[0], units).to(device),
+            octaves=octaves,
+            row_octaves=row_octaves,
             dead=torch.zeros(shape[0], shape[-1], dtype=torch.bool, device=device),
             octave_parts=int(facts["octave_parts"]),
             unit_size=int(facts["unit_size"]),
