@@ -168,9 +168,10 @@ class Mixed(nn.Module):
         return self.linear(torch.relu(self.grouped(self.depthwise(x))).mean((2, 3)))
 
 
-@pytest.mark.parametrize("name", GRIDS)
-@pytest.mark.parametrize("method", ["gptq", "watersic"])
-def test_saved_model_gives_identical_outputs_in_the_counted_bytes(tmp_path, name: str, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "name"), [*(("gptq", name) for name in GRIDS), *(("watersic", name) for name in GRIDS[:2])]
+)
+def test_saved_model_gives_identical_outputs_in_the_counted_bytes(tmp_path, method: str, name: str) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Mixed().eval()
