@@ -74,6 +74,23 @@ def test_a_layer_that_cannot_be_missed_keeps_some_rate() -> None:
     assert 0.2 < equal_slopes(sources, counts, 1.0, 16)["a"] < 1.0
 
 
+@pytest.mark.parametrize("mean_rate", [2.0, 3.3])
+def test_rates_of_layers_are_the_budget_to_the_bit(mean_rate: float) -> None:
+    """Of 6 million weights, as planned and as it is passed on when layers miss their rates."""
+    counts = {f"layer{k}": 10**6 + 1000 * k for k in range(6)}
+    sources = {name: source(4.0**-k) for k, name in enumerate(counts)}
+    rates = equal_slopes(sources, counts, mean_rate, 16)
+    wanted = mean_rate * sum(counts.values())
+    assert abs(sum(rates[name] * counts[name] for name in counts) - wanted) < 1
+    assert len({round(rate, 3) for rate in rates.values()}) > 3
+    budget, spent = Budget(rates=rates, counts=counts, most_bits=16), 0
+    for k, name in enumerate(counts):
+        asked = budget.ask(name, 7) * counts[name]
+        spent += round(asked + (0 if k == 5 else (-1) ** k * 900))  # all but the last one miss
+        budget.spend(name, round(asked + (0 if k == 5 else (-1) ** k * 900)))
+    assert abs(spent - wanted) < 2
+
+
 def test_what_a_layer_misses_goes_to_those_after_it() -> None:
     budget = Budget(rates={"a": 2.0, "b": 1.0, "c": 1.0}, counts={"a": 100, "b": 50, "c": 50}, most_bits=16)
     assert budget.ask("a", 7) == 2.0

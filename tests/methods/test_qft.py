@@ -100,10 +100,12 @@ def test_sixteen_bits_equal_the_float_network(name: str) -> None:
     module, batches = network(name)
     before = module(batches[0])
     bits = build(load_choice("bits", "w8a8", weight=16, activation=16))
-    student, report = quantized(module, batches, bits=bits)
+    # Adam's first steps are as long as its rates whatever the gradient: these are of the grid's fineness
+    rates = {"learning_rate": 1e-4, "scale_learning_rate": 1e-5}
+    student, report = quantized(module, batches, bits=bits, **rates)
     assert float((student(batches[0]) - before).norm() / before.norm()) < 1e-3
     assert report.tuning[0].loss_before < 1e-5
-    assert 0 < max(report.tuning[0].losses) < 1e-5  # training does not leave it
+    assert 0 < max(report.tuning[0].losses) < 1e-5  # training does not leave the float network
     assert torch.equal(module(batches[0]), before)
 
 
