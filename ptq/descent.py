@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,8 +62,8 @@ class Descent:
         if self.optimizer is Optimizer.sign:
             return SignDescent(groups)
         kinds: dict[Optimizer, Any] = {
-            Optimizer.adam: torch.optim.Adam,
-            Optimizer.adamw: torch.optim.AdamW,
+            Optimizer.adam: partial(torch.optim.Adam, fused=True),
+            Optimizer.adamw: partial(torch.optim.AdamW, fused=True),
             Optimizer.adamax: torch.optim.Adamax,
             Optimizer.radam: torch.optim.RAdam,
         }
