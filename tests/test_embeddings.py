@@ -1,5 +1,5 @@
-"""Embeddings as layers: the problem they pose, their files, what their ids are spared, shared matrices, and that
-nothing changes where nobody asks.
+"""Embeddings as layers: the problem they pose, their files, what their ids are spared, shared matrices,
+and that nothing changes where nobody asks.
 """
 
 from __future__ import annotations
