@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import ptq
+from ptq import resume, walk
 from ptq.checkpoint import file_bytes, quantized_bytes
 from ptq.config import build, load_choice
 from ptq.errors import InputError
@@ -26,6 +27,7 @@ from ptq.plan import check_layers
 from ptq.rate_allocation import _Statistics
 from ptq.records import config_hash
 from ptq.report import Report
+from ptq.resume import Resume, Store
 from ptq.runner import run
 from ptq.tuning import Float32
 from tests.models.test_language import causal_lm, embedded, save
@@ -302,6 +304,33 @@ def test_dry_run_and_record_agree(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert record["model_bits_per_coefficient"] == pytest.approx(stored / parameters, rel=1e-9)
     loaded = ptq.load(Path(record["directory"]) / "model")
     assert isinstance(loaded.model.embed_tokens, QuantizedLayer)
+
+
+def test_methods_on_graphs_refuse_tables() -> None:
+    adapter, ids = lookup()
+    with pytest.raises(InputError, match=r"'table' is an embedding.*layer-wise method"):
+        ptq.quantize_model(adapter.module, [ids], "qft", embeddings=True)
+
+
+def test_an_interrupted_job_goes_on_with_its_table(choice, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(resume, "SHARE", 1e9)
+
+    def job(place: Resume) -> nn.Module:
+        adapter, ids = lookup()
+        names = {"method": "brecq", "grid": "affine", "bits": "w3", "calibration": "default"}
+        changes = {"method": {"iterations": 30}}
+        parts = {group: choice(group, name, **changes.get(group, {})) for group, name in names.items()}
+        quantize(adapter, list(ids.split(32)), **parts, resume=place)
+        return adapter.module
+
+    whole = job(Resume())
+    job(Resume(Store(tmp_path, {"job": 1}, 0.0, lambda: 7)))
+    again = Store(tmp_path, {"job": 1}, 0.0, lambda: 7)
+    assert again.spent.runs == 1
+    monkeypatch.setattr(walk, "quantize_to_rate", None)  # nothing is left to solve
+    resumed = job(Resume(again))
+    ids = torch.arange(11)[None]
+    assert torch.equal(resumed(ids), whole(ids))
 
 
 class Lookup(nn.Module):
