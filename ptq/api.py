@@ -90,6 +90,7 @@ def quantize_model(
     *,
     group_size: int | None = None,
     skip: Iterable[str] = (),
+    embeddings: bool = False,
     settings: str | Calibration | NoCalibration = "default",
     activations: str | Activations = "default",
     preparation: str | Preparation | NoPreparation = "none",
@@ -103,11 +104,12 @@ def quantize_model(
 
     `calibration` yields model inputs: a tensor, a tuple of positional arguments or a dict of keyword
     arguments. `bits` is a width, a name of conf/bits such as "w3g128", or a Bits object; `skip` names layers
-    that stay float (wildcards allowed); `settings` a name of conf/calibration or an object: which inputs
-    layers see and what they reproduce (its sample counts are not read here). `activations` is a name of
-    conf/activations or an object, read where `bits` gives layer inputs a width ("w4a8"). `preparation` is a
-    name of conf/preparation or an object: how the float network is rewritten first. `tuning` is a name of
-    conf/tuning or an object: which float parameters are trained, without labels, once the codes stand.
+    that stay float (wildcards allowed), as embeddings do unless `embeddings` is true; `settings` a name of
+    conf/calibration or an object: which inputs layers see and what they reproduce (its sample counts are not
+    read here). `activations` is a name of conf/activations or an object, read where `bits` gives layer inputs
+    a width ("w4a8"). `preparation` is a name of conf/preparation or an object: how the float network is
+    rewritten first. `tuning` is a name of conf/tuning or an object: which float parameters are trained,
+    without labels, once the codes stand.
     `overrides` are hyperparameters of a method given by name.
     """
     solver, spec = _method_and_grid(method, grid, overrides)
@@ -121,7 +123,9 @@ def quantize_model(
     cached = getattr(config, "use_cache", None)
     if cached:  # a key-value cache would grow with each replay of a block
         config.use_cache = False
-    adapter = ModelAdapter(name=type(model).__name__, module=student, task="any", forward=_call)
+    adapter = ModelAdapter(
+        name=type(model).__name__, module=student, task="any", forward=_call, embeddings=embeddings
+    )
     own = next((p.device for p in model.parameters()), torch.device("cpu"))
     where = own if device is None else device
     if isinstance(preparation, str):

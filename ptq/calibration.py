@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ptq.errors import InputError
-from ptq.layers import input_matrix, weight_order
+from ptq.layers import input_matrix, weight_matrix, weight_order
+from ptq.models.adapter import is_embedding
 
 CHUNK = 4096  # tokens per float32 product: its rounding error stays near 1e-7 of the result
 UNFOLD_ELEMENTS = 2**25  # unfolded convolution inputs held at once
@@ -109,7 +110,9 @@ class Statistics:
 
 
 class GramAccumulator:
-    """Gram matrix, and cross matrix where float inputs are given too, of one layer's inputs."""
+    """Gram matrix, and cross matrix where float inputs are given too, of one layer's inputs; of an embedding
+    (see ptq/layers.py) the identity, no cross matrix and no means.
+    """
 
     def __init__(
         self, layer: nn.Module, positions_per_image: int | None = None, seed: int = 0, means: bool = False
@@ -127,6 +130,10 @@ class GramAccumulator:
         """Add the inputs of one batch as the layer uses them, with the float model's inputs for the cross
         matrix. `wanted` are the inputs whose float output is wanted on average, where these are others still.
         """
+        if is_embedding(self.layer):
+            dim = weight_matrix(self.layer).shape[-1]
+            self._sum, self.tokens = torch.eye(dim, dtype=torch.float64, device=x.device)[None], 1
+            return
         x = x.detach()
         step = x.shape[0]
         if isinstance(self.layer, nn.Conv2d) and x.dim() == 4:

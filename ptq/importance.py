@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from ptq.calibration import GramAccumulator
 from ptq.errors import InputError
 from ptq.grids.grid import Grid
 from ptq.layers import names_of, quantized_layer, replace_module, weight_matrix
-from ptq.models.adapter import ModelAdapter
+from ptq.models.adapter import Conv1D, ModelAdapter, is_embedding
 from ptq.plan import first_tensor, hooks
 from ptq.problem import LayerProblem
 
@@ -243,7 +244,7 @@ def _as_matrices(network: FloatNetwork, names: list[str], gradients: list[Tensor
 
 def _like_matrix(layer: nn.Module, x: Tensor) -> Tensor:
     shape = weight_matrix(layer).shape
-    return x.reshape(shape) if isinstance(layer, (nn.Linear, nn.Conv2d)) else x.t().reshape(shape)
+    return x.t().reshape(shape) if isinstance(layer, Conv1D) else x.reshape(shape)
 
 
 def _weight_gradients(score: Score, network: FloatNetwork, names: list[str]) -> dict[str, Tensor]:
@@ -309,7 +310,9 @@ def _hessian_traces(network: FloatNetwork, names: list[str]) -> dict[str, Tensor
 
 
 def _output_gradients(network: FloatNetwork, names: list[str]) -> dict[str, Tensor]:
-    """Σ over samples and positions of the squared gradient in each output of the layers, [groups, out]."""
+    """Σ over samples and positions of the squared gradient in each output of the layers, [groups, out]; for a
+    row of an embedding, over the positions that look it up, and on average over its outputs.
+    """
     generator = torch.Generator().manual_seed(network.seed)
     found = {
         name: torch.zeros(
@@ -319,14 +322,19 @@ def _output_gradients(network: FloatNetwork, names: list[str]) -> dict[str, Tens
     }
 
     def watch(name: str) -> Callable[..., None]:
-        def receive(gradient: Tensor) -> None:
+        def receive(ids: Tensor, gradient: Tensor) -> None:
+            if is_embedding(network.layer(name)):
+                squares = gradient.double().square().mean(-1).flatten()
+                ids = ids.expand(gradient.shape[:-1]).flatten()
+                found[name][0].index_add_(0, ids, squares)
+                return
             convolution = isinstance(network.layer(name), nn.Conv2d)
             per_output = gradient.movedim(-3, -1) if convolution else gradient
             squares = per_output.reshape(-1, per_output.shape[-1]).double().square().sum(0)
             found[name] += squares.reshape(found[name].shape)
 
-        def hook(_: nn.Module, __: tuple[Any, ...], output: Tensor) -> None:
-            output.register_hook(receive)
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            output.register_hook(partial(receive, args[0]))
 
         return hook
 

@@ -1,9 +1,12 @@
-"""The modules that replace Linear, Conv2d and Conv1D: packed codes and grid parameters, dequantized on the
-fly.
+"""The modules that replace Linear, Conv2d, Conv1D and Embedding: packed codes and grid parameters,
+dequantized on the fly.
 
 A layer's weight is seen by ptq as W [groups, out, in]: `groups` are a convolution's groups (1 elsewhere),
 `in` counts the inputs of one output, so for a convolution in_channels / groups · kernel height · kernel
 width.
+An embedding's W is its table [1, rows, dim]. What it gives for an id is one row as it stands, so the error of
+a row is that of its own weights whatever the inputs: H is the identity over dim, and all rows weigh the same.
+Its input, an id, is never rounded.
 """
 
 from __future__ import annotations
@@ -18,24 +21,31 @@ from torch.nn import functional as F
 
 from ptq.activations import ActivationQuantizer
 from ptq.grids.grid import Grid
-from ptq.models.adapter import is_quantizable
+from ptq.models.adapter import is_embedding, is_quantizable
 
 
 def weight_matrix(layer: nn.Module) -> Tensor:
-    """W [groups, out, in] of a Linear, Conv2d or Conv1D, without gradient."""
+    """W [groups, out, in] of a Linear, Conv2d, Conv1D or Embedding, without gradient."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     weight = weight.detach()
-    if isinstance(layer, nn.Linear):
+    if isinstance(layer, (nn.Linear, nn.Embedding)):
         return weight[None]
     if isinstance(layer, nn.Conv2d):
         return weight.reshape(layer.groups, layer.out_channels // layer.groups, -1)
     return weight.t()[None]  # Conv1D keeps [in, out]
 
 
+def layer_bias(layer: nn.Module) -> Tensor | None:
+    """The bias of a Linear, Conv2d or Conv1D; None where there is none, as in every Embedding."""
+    bias = None if isinstance(layer, nn.Embedding) else layer.bias
+    assert bias is None or isinstance(bias, Tensor)
+    return bias
+
+
 def input_matrix(layer: nn.Module, x: Tensor, choose: Callable[[int], Tensor | None] | None = None) -> Tensor:
     """The inputs that W [groups, out, in] multiplies: [groups, tokens, in]; for a convolution, one token a
-    position.
+    position. An embedding, which multiplies nothing, has none.
 
     Conv2d: stride, padding (all modes), dilation and groups as the layer has them; `choose(positions)` may
     name the positions of each image to keep. A convolution's inputs come in the order (kernel row, kernel
@@ -132,6 +142,9 @@ class QuantizedLayer(nn.Module):
         if geometry["kind"] == "conv2d":
             self.in_channels, self.out_channels = geometry["in_channels"], geometry["out_channels"]
             self.kernel_size, self.stride = tuple(geometry["kernel_size"]), tuple(geometry["stride"])
+        elif geometry["kind"] == "embedding":
+            self.num_embeddings, self.embedding_dim = geometry["rows"], geometry["dim"]
+            self.padding_idx = geometry["padding_idx"]
         else:
             self.in_features, self.out_features = geometry["in_features"], geometry["out_features"]
 
@@ -156,12 +169,22 @@ class QuantizedLayer(nn.Module):
         grid, codes = self.grid_and_codes()
         return shaped(grid.values(codes), self.facts["geometry"])
 
+    @property
+    def row_type(self) -> torch.dtype | None:
+        """The type of the rows that an embedding gives; None for other layers, which follow their input."""
+        return row_type(self.facts["geometry"])
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
-        """Packed tensors follow the module to a device, not to another type: `.half()` spares the scales."""
+        """Packed tensors follow the module to a device, not to another type: `.half()` spares the scales. The
+        rows that an embedding gives do follow.
+        """
         before, self._decoded = self.packed, None
         super()._apply(fn, recurse)
         for name, tensor in before.items():
             self._buffers[name] = tensor.to(self.get_buffer(name).device)
+        if self.row_type is not None:
+            dtype = fn(torch.empty(0, dtype=self.row_type)).dtype
+            self.facts = {**self.facts, "geometry": {**self.facts["geometry"], "dtype": type_name(dtype)}}
         return self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -215,11 +238,14 @@ def shaped(values: Tensor, geometry: dict[str, Any]) -> Tensor:
     """Ŵ [groups, out, in] in the shape of the float layer's weight."""
     if geometry["kind"] == "conv2d":
         return values.reshape(geometry["out_channels"], -1, *geometry["kernel_size"])
-    return values[0] if geometry["kind"] == "linear" else values[0].t()
+    return values[0].t() if geometry["kind"] == "conv1d" else values[0]
 
 
 def apply_weight(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: dict[str, Any]) -> Tensor:
-    """The layer's output for a weight in the float layer's shape."""
+    """The layer's output for a weight in the float layer's shape; x holds ids where it is an embedding."""
+    dtype = row_type(geometry)
+    if dtype is not None:
+        return F.embedding(x, weight.to(dtype))
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     if geometry["kind"] == "linear":
@@ -229,6 +255,20 @@ def apply_weight(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: dict[
     x = pad_input(x, geometry["padding_mode"], geometry["padding"])
     stride = tuple(geometry["stride"])
     return F.conv2d(x, weight, bias, stride, 0, geometry["dilation"], geometry["groups"])
+
+
+def row_type(geometry: dict[str, Any]) -> torch.dtype | None:
+    """The type of the rows that an embedding gives; None for other layers."""
+    if geometry["kind"] != "embedding":
+        return None
+    dtype = getattr(torch, geometry["dtype"])
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def type_name(dtype: torch.dtype) -> str:
+    """`float32` for torch.float32."""
+    return str(dtype).removeprefix("torch.")
 
 
 def quantized_layer(
@@ -243,8 +283,7 @@ def quantized_layer(
     """
     tensors, facts = grid.storage(codes)
     facts["geometry"] = geometry(layer)
-    bias = layer.bias
-    assert bias is None or isinstance(bias, Tensor)
+    bias = layer_bias(layer)
     if bias_change is not None:
         change = bias_change.flatten().to(weight_matrix(layer).dtype)
         bias = change if bias is None else bias.detach() + change
@@ -254,7 +293,7 @@ def quantized_layer(
 
 def geometry(layer: nn.Module) -> dict[str, Any]:
     """What a layer is besides its weight and bias, as JSON."""
-    if not is_quantizable(layer):
+    if not (is_quantizable(layer) or is_embedding(layer)):
         raise TypeError(f"{type(layer).__name__} is not a layer that can be quantized")
     if isinstance(layer, nn.Conv2d):
         return {
@@ -267,6 +306,14 @@ def geometry(layer: nn.Module) -> dict[str, Any]:
             "groups": layer.groups,
             "padding": _padding(layer),
             "padding_mode": layer.padding_mode,
+        }
+    if isinstance(layer, nn.Embedding):
+        return {
+            "kind": "embedding",
+            "rows": layer.num_embeddings,
+            "dim": layer.embedding_dim,
+            "padding_idx": layer.padding_idx,
+            "dtype": type_name(layer.weight.dtype),
         }
     weight = layer.weight
     assert isinstance(weight, Tensor)

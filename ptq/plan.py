@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from ptq.allocation import Bits
 from ptq.errors import InputError
-from ptq.models.adapter import QUANTIZABLE, ModelAdapter
+from ptq.models.adapter import QUANTIZABLE, ModelAdapter, is_embedding
+
+EMBEDDINGS_WANTED = "model.skip_embeddings=false (embeddings=True in quantize_model)"
 
 
 @dataclass(kw_only=True)
@@ -50,41 +52,91 @@ def skipped_parameters(
     """Every weight of two or more dimensions that stays float, with the reason."""
     skipped = []
     layers = adapter.quantizable()
-    for name, parameter in adapter.module.named_parameters():
+    quantized = {id(layers[name]) for name, width in allocation.items() if width is not None}
+    listed: set[int] = set()
+    # with duplicates: of layers that share a weight, one may be quantized and the other not
+    for name, parameter in adapter.module.named_parameters(remove_duplicate=False):
         owner_name, _, leaf = name.rpartition(".")
-        if parameter.dim() < 2 or (leaf == "weight" and allocation.get(owner_name) is not None):
-            continue
         owner = adapter.module.get_submodule(owner_name)
+        if parameter.dim() < 2 or (leaf == "weight" and id(owner) in quantized) or id(parameter) in listed:
+            continue
+        listed.add(id(parameter))
         if owner_name in adapter.skip:
             reason = adapter.skip[owner_name]
         elif owner_name in plan.unreached:
             reason = "its forward is never called, so no input of it is known"
         elif owner_name in layers:
             reason = "left out by bits.skip"
-        elif isinstance(owner, QUANTIZABLE):
+        elif isinstance(owner, QUANTIZABLE) or (adapter.embeddings and isinstance(owner, nn.Embedding)):
             reason = f"{type(owner).__name__} computes more than the layer it derives from"
         else:
             reason = f"{leaf} of a {type(owner).__name__}: not a Linear, Conv2d or Conv1D weight"
+            if is_embedding(owner):
+                reason += f"; {EMBEDDINGS_WANTED} quantizes it"
         skipped.append({"name": name, "shape": list(parameter.shape), "reason": reason})
     return skipped
 
 
+def check_layers(adapter: ModelAdapter, bits: Bits) -> None:
+    """Raise InputError where `bits` names layers that the model lacks, or asks for what it cannot have; no
+    forward pass is needed to see that.
+    """
+    layers = adapter.quantizable()
+    _refuse_float_embeddings(adapter, bits)
+    widths = bits.allocate(layers, [])
+    bits.allocate_activations(layers, [])
+    _refuse_shared(adapter, [n for n, width in widths.items() if width is not None and n not in adapter.skip])
+
+
+def _refuse_float_embeddings(adapter: ModelAdapter, bits: Bits) -> None:
+    """Raise InputError where an embedding that stays float is given a width."""
+    for name, module in adapter.module.named_modules():
+        if is_embedding(module) and not adapter.embeddings and name in bits.layers:
+            raise InputError(
+                f"bits.layers names {name!r}, an embedding, and those stay float; {EMBEDDINGS_WANTED} "
+                "quantizes them"
+            )
+
+
+def _refuse_shared(adapter: ModelAdapter, names: Iterable[str]) -> None:
+    """Raise InputError where an embedding and another of the layers to quantize are one weight."""
+    layers = {name: adapter.module.get_submodule(name) for name in names}
+    tables = {id(layer.weight): name for name, layer in layers.items() if is_embedding(layer)}
+    for name, layer in layers.items():
+        table = tables.get(id(layer.weight), name)
+        if table != name:
+            raise InputError(
+                f"{table!r} and {name!r} share one weight, and the codes that suit one do not suit the "
+                "other; leave one of them float: model.skip_embeddings=true, model.skip_output_head=true, or "
+                "its name in bits.skip"
+            )
+
+
 def allocate(adapter: ModelAdapter, plan: Plan, bits: Bits) -> dict[str, float | None]:
     """Bits per reached layer in order of execution, None where it stays float."""
+    _refuse_float_embeddings(adapter, bits)
     for pattern in bits.layers:
         for name in adapter.skip:
             if fnmatchcase(name, pattern):
                 raise InputError(f"bits.layers names {name!r}, which stays float: {adapter.skip[name]}")
-    allocation = bits.allocate([*plan.layers(), *adapter.skip], [*plan.first, *plan.last])
-    return {name: None if name in adapter.skip else allocation[name] for name in plan.layers()}
+    found = bits.allocate([*plan.layers(), *adapter.skip], [*plan.first, *plan.last])
+    allocation = {name: None if name in adapter.skip else found[name] for name in plan.layers()}
+    _refuse_shared(adapter, [name for name, width in allocation.items() if width is not None])
+    return allocation
 
 
 def allocate_activations(
     adapter: ModelAdapter, plan: Plan, bits: Bits, allocation: dict[str, float | None]
 ) -> dict[str, int | None]:
-    """Bits of the input per reached layer, None where it or the layer stays float."""
+    """Bits of the input per reached layer, None where it or the layer stays float and for an embedding's
+    ids.
+    """
     widths = bits.allocate_activations([*plan.layers(), *adapter.skip], [*plan.first, *plan.last])
-    return {name: None if width is None else widths[name] for name, width in allocation.items()}
+    layers = adapter.quantizable()
+    return {
+        name: None if width is None or is_embedding(layers[name]) else widths[name]
+        for name, width in allocation.items()
+    }
 
 
 @dataclass
@@ -255,10 +307,8 @@ def trace(adapter: ModelAdapter, batch: Any) -> Plan:
         raise InputError(
             f"model {adapter.name!r} has no Linear, Conv2d or Conv1D layer that its forward pass reaches"
         )
-    first = (
-        [n for n in order if inputs[n][0] is inputs[order[0]][0]]
-        if adapter.task != "language_modeling"
-        else []
-    )
+    first = [n for n in order if is_embedding(layers[n])]
+    if not first and adapter.task != "language_modeling":
+        first = [n for n in order if inputs[n][0] is inputs[order[0]][0]]
     heads = [adapter.head] if adapter.head in inputs else [order[-1]]
     return Plan(units=result, first=first, last=heads, unreached=[n for n in layers if n not in inputs])

@@ -33,10 +33,10 @@ from torch import Tensor, nn
 from ptq.allocation import Allocation, Bits
 from ptq.calibration import Calibration, NoCalibration
 from ptq.errors import InputError
-from ptq.layers import input_matrix, weight_matrix, weight_order
+from ptq.layers import input_matrix, layer_bias, weight_matrix, weight_order
 from ptq.limit import GaussianLimit
 from ptq.methods.method import GridSpec, RatedGridSpec
-from ptq.models.adapter import ModelAdapter
+from ptq.models.adapter import ModelAdapter, is_embedding
 from ptq.plan import Call, first_tensor, hooks
 
 LOWEST_RATE = 0.02  # bits: below it a stream's own bytes weigh more than its codes
@@ -253,10 +253,9 @@ def _removals(adapter: ModelAdapter, parts: list[Any], layers: dict[str, nn.Modu
     """KL(float ‖ without the layer's products) per sample, for each layer alone."""
 
     def remove(layer: nn.Module, _: tuple[Any, ...], output: Tensor) -> Tensor:
-        nothing, bias = torch.zeros_like(output), layer.bias
+        nothing, bias = torch.zeros_like(output), layer_bias(layer)
         if bias is None:
             return nothing
-        assert isinstance(bias, Tensor)
         return nothing + (bias[:, None, None] if isinstance(layer, nn.Conv2d) else bias)
 
     divergences = dict.fromkeys(layers, 0.0)
@@ -282,7 +281,13 @@ class _Statistics:
         self.F: Tensor | None = None  # Σ over samples and rows of gᵀ g, g a row of a sample's gradient
 
     def add_inputs(self, x: Tensor) -> Tensor:
-        """The layer's inputs as [groups, tokens, in], once they are counted."""
+        """The layer's inputs as [groups, tokens, in], once they are counted; an embedding's ids as they are,
+        with the identity for H.
+        """
+        if is_embedding(self.layer):
+            dim = weight_matrix(self.layer).shape[-1]
+            self.H, self.tokens = torch.eye(dim, dtype=torch.float64, device=x.device)[None], 1
+            return x
         X = input_matrix(self.layer, x.float())
         self.tokens += X.shape[1]
         product = (X.mT @ X).double()
@@ -290,6 +295,10 @@ class _Statistics:
         return X
 
     def add_gradients(self, X: Tensor, gradient: Tensor) -> None:
+        if is_embedding(self.layer):
+            product = self._row_products(X, gradient)
+            self.F = product if self.F is None else self.F + product
+            return
         groups = X.shape[0]
         if isinstance(self.layer, nn.Conv2d):
             gradient = gradient.movedim(1, -1)  # [samples, height, width, out]
@@ -302,6 +311,16 @@ class _Statistics:
             rows = (G.mT @ X).flatten(1, 2)  # [groups, samples · out, in]
             product = (rows.mT @ rows).double()
         self.F = product if self.F is None else self.F + product
+
+    def _row_products(self, ids: Tensor, gradient: Tensor) -> Tensor:
+        """Σ over samples and rows of gᵀ g, [1, dim, dim], g a row of one sample's gradient of the table."""
+        ids = ids.expand(gradient.shape[:-1]).reshape(len(gradient), -1)
+        product = torch.zeros(1, gradient.shape[-1], gradient.shape[-1], device=gradient.device)
+        for sample, g in zip(ids, gradient.float().flatten(1, -2), strict=True):
+            looked_up, row = sample.unique(return_inverse=True)
+            rows = g.new_zeros(len(looked_up), g.shape[-1]).index_add_(0, row, g)
+            product[0] += rows.T @ rows
+        return product.double()
 
     def gram(self) -> Tensor:
         """H [groups, in, in], inputs in the order of the weights."""

@@ -25,13 +25,26 @@ IGNORED = (
 )
 
 
-LATER = {"tf32": False}  # keys that came later, with the value that all jobs before them had
+# keys that came later, with the value that all jobs before them had
+LATER = {"tf32": False, "model.skip_embeddings": True}
 
 
 def config_hash(config: dict[str, Any]) -> str:
     """Twelve hex digits of everything in a resolved config that can change the result."""
-    relevant = {k: v for k, v in config.items() if k not in IGNORED and (k not in LATER or v != LATER[k])}
+    relevant = {k: v for k, v in config.items() if k not in IGNORED}
+    for key, value in LATER.items():
+        relevant = _without(relevant, key.split("."), value)
     return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _without(config: dict[str, Any], path: list[str], value: Any) -> dict[str, Any]:
+    """The config less the key at `path` where that has this value."""
+    key, *rest = path
+    if key not in config or (rest and not isinstance(config[key], dict)):
+        return config
+    if rest:
+        return {**config, key: _without(config[key], rest, value)}
+    return {k: v for k, v in config.items() if k != key or v != value}
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -31,6 +31,7 @@ from ptq.methods.selecting import SelectingMethod, chooses
 from ptq.mixed_precision import MixedBits, check_mixed
 from ptq.models.adapter import ModelAdapter
 from ptq.observers import Activations, check_activations
+from ptq.plan import check_layers
 from ptq.precision import products
 from ptq.preparation import NoPreparation, Preparation
 from ptq.records import RECORD, config_hash, finished, versions, write_json
@@ -230,8 +231,7 @@ def prepare(config: DictConfig, settings: Settings) -> Parts:
             batch_size=tuning.batch_size,
             seed=settings.seed,
         )
-    bits.allocate(adapter.quantizable(), [])
-    bits.allocate_activations(adapter.quantizable(), [])
+    check_layers(adapter, bits)
     return Parts(
         adapter=adapter,
         data=data,

@@ -395,15 +395,19 @@ class Float32:
         half = {torch.float16, torch.bfloat16}
         tensors = [*module.named_parameters(), *module.named_buffers()]
         self.types = {n: t.dtype for n, t in tensors if t.dtype in half}
+        layers = [(n, m.row_type) for n, m in module.named_modules() if isinstance(m, QuantizedLayer)]
+        self.row_types = {n: dtype for n, dtype in layers if dtype in half}  # of embeddings
 
     def __enter__(self) -> None:
-        if self.types:
+        if self.types or self.row_types:
             self.module.float()
 
     def __exit__(self, *_: object) -> None:
         for name, tensor in [*self.module.named_parameters(), *self.module.named_buffers()]:
             if name in self.types:
                 tensor.data = tensor.data.to(self.types[name])
+        for name, dtype in self.row_types.items():
+            self.module.get_submodule(name).to(dtype)
 
 
 def float32(value: Any) -> Any:

@@ -85,8 +85,10 @@ class BlockLoss:
         return self.kind.of(*self._compared(piece)[:2], self.p, self._weight(piece)) * self.size
 
     def training(self, piece: Piece) -> Tensor:
-        """The loss on augmented inputs."""
+        """The loss on augmented inputs; an embedding's ids stay as they are."""
         if self.augmentation is Augmentation.none or piece.float_input is None:
+            return self.plain(piece)
+        if not piece.float_input.is_floating_point():
             return self.plain(piece)
         call = piece.call.to(self.device)
         x, x_float = call.args[0].float(), piece.float_input.to(self.device).float()

@@ -26,7 +26,14 @@ from ptq.calibration import Calibration, Inputs, NoCalibration, Statistics, Targ
 from ptq.capture import squared_output_gradients, unit_calls, unit_outputs
 from ptq.errors import InputError
 from ptq.grids.grid import Grid
-from ptq.layers import QuantizedLayer, names_of, quantized_layer, replace_module, weight_matrix
+from ptq.layers import (
+    QuantizedLayer,
+    layer_bias,
+    names_of,
+    quantized_layer,
+    replace_module,
+    weight_matrix,
+)
 from ptq.limit import limit_bits
 from ptq.methods.method import (
     BlockMethod,
@@ -405,7 +412,7 @@ class Walk:
                 storage_bits=grid.storage_bits(codes),
                 seconds=seconds,
                 activation=None if quantizer is None else quantizer.summary(),
-                added_bias=layer.bias is None and replacement.bias is not None,
+                added_bias=layer_bias(layer) is None and replacement.bias is not None,
             )
         )
 

@@ -21,7 +21,7 @@ from ptq.errors import InputError
 from ptq.layers import QuantizedLayer
 from ptq.methods.method import GridSpec, LayerMethod, check_pair
 from ptq.mixed_precision import Granularity, MixedBits, Rounding, choose
-from ptq.models.adapter import ModelAdapter
+from ptq.models.adapter import ModelAdapter, is_embedding
 from ptq.models.graph import ScaleGraph
 from ptq.observers import Activations, check_activations
 from ptq.plan import Plan, allocate, allocate_activations, skipped_parameters, trace
@@ -81,6 +81,12 @@ def check_whole(
         raise InputError(
             f"{adapter.name!r} is a language model, which cannot be traced into a graph of channels; "
             "use a layer-wise method (comq, gptq, decoupleq)"
+        )
+    tables = [name for name, layer in adapter.quantizable().items() if is_embedding(layer)]
+    if tables:
+        raise InputError(
+            f"{tables[0]!r} is an embedding, which has no place in a graph of channels; leave out "
+            "embeddings=True, or use a layer-wise method (comq, gptq, decoupleq)"
         )
     if isinstance(calibration, NoCalibration):
         raise InputError("a method that trains the network needs calibration data, not calibration=none")

@@ -35,6 +35,15 @@ def is_quantizable(module: nn.Module) -> bool:
     return isinstance(module, QUANTIZABLE) and type(module).forward in FORWARDS
 
 
+def is_embedding(module: nn.Module) -> bool:
+    """Whether a module is an Embedding that looks rows up and does no more: no scaling, offset, max_norm."""
+    return (
+        isinstance(module, nn.Embedding)
+        and type(module).forward is nn.Embedding.forward
+        and module.max_norm is None
+    )
+
+
 @dataclass(kw_only=True)
 class Preprocessing:
     """How pixels become model input: resize the short side, crop the centre, scale to 0..1, normalise per
@@ -63,6 +72,7 @@ class ModelAdapter:
     # layer name → reason it stays float
     skip: dict[str, str] = field(default_factory=dict)
     head: str | None = None  # the layer that gives the output, when it is known by name
+    embeddings: bool = False  # embeddings are layers to quantize; else they stay float
     preprocessing: Preprocessing | None = None  # images only
     class_names: list[str] | None = None  # images only: synset or class name per index, when known
     num_classes: int | None = None
@@ -71,8 +81,14 @@ class ModelAdapter:
     source: Path | str | None = None  # where the weights came from
 
     def quantizable(self) -> dict[str, nn.Module]:
-        """Name → layer for every Linear, Conv2d and Conv1D of the model, in definition order."""
-        return {n: m for n, m in self.module.named_modules() if is_quantizable(m)}
+        """Name → layer for every Linear, Conv2d and Conv1D of the model, and where asked for every Embedding,
+        in definition order.
+        """
+        return {
+            n: m
+            for n, m in self.module.named_modules()
+            if is_quantizable(m) or (self.embeddings and is_embedding(m))
+        }
 
     def blocks(self) -> list[str]:
         """Names of the blocks: the innermost repeated parts that hold at least two quantizable layers."""

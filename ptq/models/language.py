@@ -71,6 +71,8 @@ class TopicsLlama:
 
     checkpoint: str | None  # null = the weights that ship with ptq; else a file that train_topics wrote
     skip_output_head: bool  # true = the output head stays float
+    # true = token and position tables stay float, as in models that were saved without this key
+    skip_embeddings: bool = True
 
     def load(self) -> ModelAdapter:
         """The model in float32 and eval mode; the global random state is left as it was."""
@@ -85,6 +87,7 @@ class TopicsLlama:
             task="language_modeling",
             forward=logits,
             skip={output_head(module): HEAD_REASON} if self.skip_output_head else {},
+            embeddings=not self.skip_embeddings,
             tokenizer=ByteTokenizer(),
             context_length=TOPICS_CONTEXT,
             source=path,
@@ -100,6 +103,8 @@ class CausalLM:
     dtype: str  # float32, bfloat16 or float16
     attention: str  # eager or sdpa
     skip_output_head: bool  # true = the output head stays float
+    # true = token and position tables stay float, as in models that were saved without this key
+    skip_embeddings: bool = True
 
     def load(self) -> ModelAdapter:
         """The model in eval mode on the CPU; the global random state is left as it was.
@@ -118,7 +123,7 @@ class CausalLM:
         module = module.to(DTYPES[self.dtype]).eval()
         module.config.use_cache = False
         head = output_head(module)
-        if not self.skip_output_head:
+        if self.skip_output_head != self.skip_embeddings:  # else both are float, or refused in ptq/plan.py
             untie(module)
         return ModelAdapter(
             name=self.path,
@@ -126,6 +131,7 @@ class CausalLM:
             task="language_modeling",
             forward=logits,
             skip={head: HEAD_REASON} if self.skip_output_head else {},
+            embeddings=not self.skip_embeddings,
             tokenizer=tokenizer,
             context_length=self._context(module),
             source=source,
@@ -233,7 +239,7 @@ def output_head(module: Any) -> str:
 
 
 def untie(module: Any) -> None:
-    """Give the output head a weight of its own where it shares the embedding's, which then stays float."""
+    """Give the output head a weight of its own where it shares the embedding's: one of them stays float."""
     head, embedding = module.get_output_embeddings(), module.get_input_embeddings()
     if head.weight is embedding.weight:
         head.weight = nn.Parameter(embedding.weight.detach().clone())
