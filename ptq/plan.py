@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ptq.allocation import Bits
 from ptq.errors import InputError
+from ptq.layers import weight_matrix
 from ptq.models.adapter import QUANTIZABLE, ModelAdapter, is_embedding
 
 EMBEDDINGS_WANTED = "model.skip_embeddings=false (embeddings=True in quantize_model)"
@@ -75,6 +76,20 @@ def skipped_parameters(
                 reason += f"; {EMBEDDINGS_WANTED} quantizes it"
         skipped.append({"name": name, "shape": list(parameter.shape), "reason": reason})
     return skipped
+
+
+def doubled_weights(adapter: ModelAdapter, allocation: dict[str, float | None]) -> int:
+    """Weights that the float model stores once and the quantized one twice: as codes, and as the float matrix
+    of a module that shared them.
+    """
+    layers = adapter.quantizable()
+    quantized = {id(layers[name]): layers[name] for name, width in allocation.items() if width is not None}
+    kept: set[int] = set()
+    for module in adapter.module.modules():
+        if id(module) not in quantized:
+            kept |= {id(p) for p in module.parameters(recurse=False)}
+    shared = [weight_matrix(layer).numel() for layer in quantized.values() if id(layer.weight) in kept]
+    return adapter.copied + sum(shared)
 
 
 def check_layers(adapter: ModelAdapter, bits: Bits) -> None:

@@ -49,6 +49,7 @@ class Report:
 
     layers: list[LayerReport] = field(default_factory=list)
     skipped: list[dict[str, Any]] = field(default_factory=list)  # name, shape, reason, parameters
+    doubled: int = 0  # weights that the float model stores once and this one twice, as codes and as floats
     tuning: list[TuningReport] = field(default_factory=list)
     mixed_precision: dict[str, Any] | None = None  # how widths were chosen, where they were
     seconds: dict[str, float] = field(default_factory=lambda: {"capture": 0.0, "solve": 0.0})
@@ -79,7 +80,7 @@ class Report:
         bits = quantized + sum(p.numel() * p.element_size() * 8 for p in rest)
         bits += sum(quantizer.storage_bits() for quantizer in quantizers)
         added = sum(layer.shape[0] * layer.shape[1] for layer in self.layers if layer.added_bias)
-        return bits / max(1, weights + sum(p.numel() for p in rest) - added)
+        return bits / max(1, weights + sum(p.numel() for p in rest) - added - self.doubled)
 
 
 def _count(shape: list[int]) -> int:

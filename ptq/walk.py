@@ -52,6 +52,7 @@ from ptq.plan import (
     Unit,
     allocate,
     allocate_activations,
+    doubled_weights,
     map_tensors,
     skipped_parameters,
     trace,
@@ -135,7 +136,10 @@ class Walk:
             self.grid = grid.for_model(layers, bits.group_size)
         started = time.perf_counter()
         self.budget = budget(adapter, self.batches, self.allocation, bits, grid, seed=seed)
-        self.report = Report(skipped=skipped_parameters(adapter, self.plan, self.allocation))
+        self.report = Report(
+            skipped=skipped_parameters(adapter, self.plan, self.allocation),
+            doubled=doubled_weights(adapter, self.allocation),
+        )
         if self.budget is not None:
             self.report.seconds["allocate"] = time.perf_counter() - started
         if self.mixed is not None:

@@ -261,6 +261,10 @@ def test_a_shared_matrix_is_not_quantized_twice(tmp_path: Path) -> None:
     module, report = quantized(llama(tied=True), "rtn", bits=4, skip=["lm_head"])
     assert torch.equal(module.lm_head.weight, llama(tied=True).lm_head.weight)
     assert {each["name"] for each in report.skipped} == {"lm_head.weight"}
+    parameters = sum(p.numel() for p in llama(tied=True).parameters())  # the shared matrix once
+    rest = parameters - report.weights() + VOCABULARY * 16
+    stored = report.bits_per_coefficient()["total"] * report.weights() + 32 * rest
+    assert report.model_bits_per_coefficient(module) == pytest.approx(stored / parameters, rel=1e-9)
     ptq.save(module, tmp_path / "model")
     assert torch.equal(outputs(ptq.load(tmp_path / "model", llama(tied=True))), outputs(module))
     module, report = quantized(llama(tied=True), "rtn", bits=4, skip=[TABLE])
@@ -273,6 +277,8 @@ def test_the_option_of_language_models(tmp_path: Path) -> None:
     adapter = causal_lm(folder, skip_embeddings=False).load()
     assert TABLE in adapter.quantizable()
     assert adapter.module.lm_head.weight is not adapter.module.model.embed_tokens.weight
+    assert adapter.copied == VOCABULARY * 16
+    assert embedded(skip_embeddings=False).load().copied == causal_lm(folder).load().copied == 0
     assert TABLE not in causal_lm(folder).load().quantizable()
     assert len(embedded(skip_embeddings=False).load().quantizable()) == 4 * 7 + 2
     both = causal_lm(folder, skip_embeddings=False, skip_output_head=False).load()

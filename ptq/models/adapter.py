@@ -73,6 +73,7 @@ class ModelAdapter:
     skip: dict[str, str] = field(default_factory=dict)
     head: str | None = None  # the layer that gives the output, when it is known by name
     embeddings: bool = False  # embeddings are layers to quantize; else they stay float
+    copied: int = 0  # weights of a shared matrix that was copied, so that one of its two may stay float
     preprocessing: Preprocessing | None = None  # images only
     class_names: list[str] | None = None  # images only: synset or class name per index, when known
     num_classes: int | None = None

@@ -123,8 +123,8 @@ class CausalLM:
         module = module.to(DTYPES[self.dtype]).eval()
         module.config.use_cache = False
         head = output_head(module)
-        if self.skip_output_head != self.skip_embeddings:  # else both are float, or refused in ptq/plan.py
-            untie(module)
+        one = self.skip_output_head != self.skip_embeddings  # else both are float, or refused in ptq/plan.py
+        copied = untie(module) if one else 0
         return ModelAdapter(
             name=self.path,
             module=module,
@@ -132,6 +132,7 @@ class CausalLM:
             forward=logits,
             skip={head: HEAD_REASON} if self.skip_output_head else {},
             embeddings=not self.skip_embeddings,
+            copied=copied,
             tokenizer=tokenizer,
             context_length=self._context(module),
             source=source,
@@ -238,9 +239,13 @@ def output_head(module: Any) -> str:
     return next(name for name, part in module.named_modules() if part is head)
 
 
-def untie(module: Any) -> None:
-    """Give the output head a weight of its own where it shares the embedding's: one of them stays float."""
+def untie(module: Any) -> int:
+    """Give the output head a weight of its own where it shares the embedding's: one of them stays float.
+    Returns how many weights were copied.
+    """
     head, embedding = module.get_output_embeddings(), module.get_input_embeddings()
-    if head.weight is embedding.weight:
-        head.weight = nn.Parameter(embedding.weight.detach().clone())
-        module.config.tie_word_embeddings = False
+    if head.weight is not embedding.weight:
+        return 0
+    head.weight = nn.Parameter(embedding.weight.detach().clone())
+    module.config.tie_word_embeddings = False
+    return head.weight.numel()
