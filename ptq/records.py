@@ -25,13 +25,31 @@ IGNORED = (
 )
 
 
-LATER = {"tf32": False}  # keys that came later, with the value that all jobs before them had
+# keys that came later, with the value that all jobs before them had
+LATER: dict[str, Any] = {
+    "tf32": False,
+    "calibration.balance": False,
+    "calibration.image_augmentation": [],
+    "calibration.crop_scale": [0.5, 1.0],
+    "calibration.crop_ratio": [0.75, 1.3333],
+    "calibration.jitter": 0.4,
+}
 
 
 def config_hash(config: dict[str, Any]) -> str:
     """Twelve hex digits of everything in a resolved config that can change the result."""
-    relevant = {k: v for k, v in config.items() if k not in IGNORED and (k not in LATER or v != LATER[k])}
+    relevant = _without_later({k: v for k, v in config.items() if k not in IGNORED})
     return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _without_later(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`config` less the later keys that have the value of before."""
+    kept = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if name not in LATER or value != LATER[name]:
+            kept[key] = _without_later(value, f"{name}.") if isinstance(value, dict) else value
+    return kept
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -23,6 +23,7 @@ from ptq.calibration import Calibration, NoCalibration
 from ptq.config import build, load_choice
 from ptq.data.draw import Samples, calibration_batches
 from ptq.data.held_out import HeldOut
+from ptq.data.noise import check_job
 from ptq.dry_run import describe
 from ptq.errors import InputError
 from ptq.hardware import device_name, peak_memory_bytes
@@ -37,7 +38,7 @@ from ptq.records import RECORD, config_hash, finished, versions, write_json
 from ptq.resume import Resume, Store
 from ptq.seeding import isolated_seed
 from ptq.selection import Trials, select, validation_evaluation
-from ptq.tuning import NoTuning, Scope, Tuning, check_tuning
+from ptq.tuning import Loss, NoTuning, Scope, Tuning, check_tuning
 from ptq.whole_network import WholeNetworkMethod, check_whole
 
 log = logging.getLogger(__name__)
@@ -217,6 +218,7 @@ def prepare(config: DictConfig, settings: Settings) -> Parts:
     if isinstance(calibration, Calibration) and calibration.source is not None:
         source = build(load_choice("data", calibration.source), "calibration.source")
         source.check(adapter)
+    check_job(data, source, isinstance(tuning, Tuning) and tuning.loss is Loss.cross_entropy)
     if chooses(method, grid):
         data, source = HeldOut(data), HeldOut(source)
     batches = calibration_batches(source, adapter, calibration, settings.seed)

@@ -46,6 +46,12 @@ class Preprocessing:
     resize: int | None = None  # short side, pixels; None = images arrive at their final size
     crop: int | None = None  # centre crop, pixels; None = no crop
     interpolation: str = "bilinear"
+    native: int | None = None  # side of images that arrive at their final size, pixels; None = not known
+
+    @property
+    def side(self) -> int | None:
+        """Pixels a side of what the model gets, where that is known."""
+        return self.native if self.crop is None else self.crop
 
 
 @dataclass(kw_only=True)
