@@ -1,7 +1,7 @@
 """The block problem: make a block of quantized layers give what the float block gives.
 
-The counterpart of LayerProblem for methods that train a whole block (residual unit, transformer block, or a
-layer outside all blocks) through its quantized layers.
+The counterpart of LayerProblem for methods that train a whole block (residual unit, transformer block, a
+stage of them, or a layer outside all of these) through its quantized layers.
 """
 
 from __future__ import annotations

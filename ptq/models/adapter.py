@@ -84,6 +84,18 @@ class ModelAdapter:
         """Names of the blocks: the innermost repeated parts that hold at least two quantizable layers."""
         return find_blocks(self.module)
 
+    def stages(self) -> list[str]:
+        """Names of the stages, as ResNets have them: the innermost Sequentials that hold at least two blocks."""
+        blocks = self.blocks()
+        several = [
+            name
+            for name, module in self.module.named_modules()
+            if name
+            and isinstance(module, nn.Sequential)
+            and sum(block.startswith(f"{name}.") for block in blocks) >= 2
+        ]
+        return [name for name in several if not any(other.startswith(f"{name}.") for other in several)]
+
 
 def find_blocks(module: nn.Module, prefix: str = "") -> list[str]:
     """Names of sub-modules that sit in a Sequential or ModuleList, hold ≥ 2 quantizable layers and no such

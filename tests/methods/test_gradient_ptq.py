@@ -13,6 +13,7 @@ from ptq.config import build, load_choice
 from ptq.errors import InputError
 from ptq.layers import QuantizedLayer
 from ptq.losses import Loss
+from ptq.methods.method import units_of
 from ptq.problem import LayerProblem
 from ptq.solvers.soft_rounding import Kind, Softening, relax
 from tests.conftest import random_problem
@@ -170,6 +171,7 @@ BLOCK_AXES = [
     {"selection": "random", "selected": 0.5},
     {"start": "gptq"},
     {"float_target": False},
+    {"unit": "stage"},
     {"unit": "network", "loss": "kl"},
     {"unit": "network", "loss": "l2"},
 ]
@@ -180,9 +182,30 @@ def test_every_axis_is_a_switch_that_works(net, axis: dict[str, Any]) -> None:
     """From nearest codes, each choice by itself brings the loss down somewhere, and changes the result."""
     overrides = {"start": "rtn", "checks": 2, "iterations": 30, **axis}
     quantized, report = run(net, "gradient_ptq", **overrides)
-    assert len(report.tuning) == (1 if axis.get("unit") == "network" else 4)
+    assert len(report.tuning) == {"network": 1, "stage": 3}.get(axis.get("unit", "block"), 4)
     assert any(t.kept and t.loss_after < t.loss_before for t in report.tuning)
     assert all(torch.isfinite(quantized(x)).all() for x in net[1])
+
+
+def test_a_stage_is_learned_as_one(net) -> None:
+    _, by_block = run(net, "brecq", iterations=20)
+    quantized, by_stage = run(net, "brecq", iterations=20, unit="stage")
+    assert [t.unit for t in by_block.tuning] == ["stem", "blocks.0", "blocks.1", "head"]
+    assert [t.unit for t in by_stage.tuning] == ["stem", "blocks", "head"]
+    assert len(by_stage.layers) == len(by_block.layers) == 6
+    assert sum(isinstance(m, QuantizedLayer) for m in quantized.modules()) == 6
+    _, mixed = run(net, "qdrop", iterations=20, unit="stage", loss="fisher_diagonal")
+    assert len(mixed.tuning) == 3
+
+
+def test_without_stages_the_way_out_is_named(choice) -> None:
+    language = choice("model", "topics_llama").load()
+    with pytest.raises(InputError, match=r"its blocks: model.layers.0, model.layers.1, ….*unit=block or net"):
+        units_of(choice("method", "brecq", unit="stage"), language)
+    assert units_of(choice("method", "brecq"), language) == language.blocks()
+    bare = nn.Sequential(nn.Linear(4, 3))
+    with pytest.raises(InputError, match="its blocks: none"):
+        ptq.quantize_model(bare, [torch.randn(8, 4)], "brecq", unit="stage")
 
 
 def test_same_seed_same_codes(net) -> None:
