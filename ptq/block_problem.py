@@ -25,7 +25,7 @@ class BlockProblem:
     float_calls: list[Call] | None  # what the float network delivers; None where nothing asked for it
     targets: list[Tensor]  # wanted first output of each call, [samples, …]
     # of the float network's log-likelihood with respect to its block's output, as targets; None likewise
-    squared_gradients: list[Tensor] | None
+    output_gradients: list[Tensor] | None
     seed: int
     progress: bool
     resume: Resume  # where the training of the block keeps its state

@@ -33,6 +33,8 @@ LATER: dict[str, Any] = {
     "calibration.crop_scale": [0.5, 1.0],
     "calibration.crop_ratio": [0.75, 1.3333],
     "calibration.jitter": 0.4,
+    "method.fisher_rank": 15,
+    "method.low_rank_fraction": 0.5,
 }
 
 

@@ -24,7 +24,7 @@ from ptq.allocation import Bits
 from ptq.batchnorm import reestimate
 from ptq.block_problem import BlockProblem
 from ptq.calibration import Calibration, Inputs, NoCalibration, Statistics, Target
-from ptq.capture import squared_output_gradients, unit_calls, unit_outputs
+from ptq.capture import output_gradients, unit_calls, unit_outputs
 from ptq.errors import InputError
 from ptq.grids.grid import Grid
 from ptq.layers import QuantizedLayer, names_of, quantized_layer, replace_module, weight_matrix
@@ -280,7 +280,7 @@ class Walk:
             calls=calls,
             float_calls=inputs.get("teacher"),
             targets=unit_outputs(original, sources, self.device),
-            squared_gradients=self._squared_gradients(unit),
+            output_gradients=self._output_gradients(unit),
             seed=self.seed,
             progress=progress,
             resume=resume.within("method"),
@@ -302,11 +302,11 @@ class Walk:
         blocks = self._tunes_blocks() and unit.name in self.units_of_several
         return unit.replayable and (blocks or self.wants.blocks)
 
-    def _squared_gradients(self, unit: Unit) -> list[Tensor] | None:
+    def _output_gradients(self, unit: Unit) -> list[Tensor] | None:
         if not self.wants.output_gradients:
             return None
         assert self.example is not None
-        return squared_output_gradients(self.adapter, self.example, unit.name, self.batches, self.seed)
+        return output_gradients(self.adapter, self.example, unit.name, self.batches, self.seed)
 
     def _tuned(self, report: TuningReport) -> None:
         self.report.tuning.append(report)

@@ -61,6 +61,8 @@ class GradientPTQ:
     grid_form: GridForm
     loss: Loss
     p: float  # exponent of loss=lp
+    fisher_rank: int  # directions of loss=fisher_low_rank, fewer where the gradients have a smaller rank
+    low_rank_fraction: float  # of loss=fisher_low_rank: weight of the directions; the diagonal has the rest
     regularisation: float  # λ of relaxation=sigmoid, for a loss of the size that l2 has at the start
     beta: list[float]  # its exponent, after the warm-up and at the end
     warmup: float  # fraction of the iterations without it
@@ -108,8 +110,13 @@ class GradientPTQ:
                 f"augmentation={self.augmentation.value} changes a block's inputs; unit={self.unit.value} "
                 "takes augmentation=none"
             )
-        if not self.by_blocks and self.loss is Loss.fisher_diagonal:
-            raise InputError("loss=fisher_diagonal weighs the outputs of a block; use unit=block or stage")
+        if not self.by_blocks and self.loss.reads_gradients:
+            raise InputError(f"loss={self.loss.value} weighs the outputs of a block; use unit=block or stage")
+        if self.fisher_rank < 1 or not 0 <= self.low_rank_fraction <= 1:
+            raise InputError(
+                "fisher_rank must be at least 1 and low_rank_fraction in [0, 1]; got "
+                f"{self.fisher_rank} and {self.low_rank_fraction}"
+            )
         if self.unit is Unit.layer and set(self.variables) - {Variable.rounding, Variable.grid}:
             raise InputError("unit=layer trains rounding and grid only; use unit=block for other variables")
         moving = (Kind.signed_offset, Kind.weights, Kind.division)
@@ -170,7 +177,7 @@ class GradientPTQ:
             network=self.unit is Unit.network,
             stages=self.unit is Unit.stage,
             float_inputs=block and (mixed or self.float_target),
-            output_gradients=block and self.loss is Loss.fisher_diagonal,
+            output_gradients=block and self.loss.reads_gradients,
         )
 
     def quantize_layer(
@@ -201,6 +208,8 @@ class GradientPTQ:
                 augmentation=self.augmentation,
                 probability=self.probability,
                 strength=self.strength,
+                fisher_rank=self.fisher_rank,
+                low_rank_fraction=self.low_rank_fraction,
                 device=device,
                 seed=problem.seed + self.seed,
             )

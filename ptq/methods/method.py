@@ -27,7 +27,7 @@ class Wants:
     network: bool
     stages: bool = False  # blocks of one stage are one (see units_of)
     float_inputs: bool = False  # BlockProblem.float_calls
-    output_gradients: bool = False  # BlockProblem.squared_gradients
+    output_gradients: bool = False  # BlockProblem.output_gradients
 
 
 @runtime_checkable

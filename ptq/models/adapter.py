@@ -85,7 +85,7 @@ class ModelAdapter:
         return find_blocks(self.module)
 
     def stages(self) -> list[str]:
-        """Names of the stages, as ResNets have them: the innermost Sequentials that hold at least two blocks."""
+        """Names of the stages, as ResNets have them: the innermost Sequentials of at least two blocks."""
         blocks = self.blocks()
         several = [
             name
