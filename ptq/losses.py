@@ -104,10 +104,13 @@ def largest_directions(gradients: list[Tensor], rank: int) -> Tensor:
     """
     rows = [g.flatten(1) for g in gradients]
     samples = sum(len(a) for a in rows)
-    gram = torch.cat([torch.cat([(a @ b.mT).double() for b in rows], dim=1) for a in rows]) / samples
+    gram = (
+        torch.cat([torch.cat([(a.float() @ b.float().mT).double() for b in rows], dim=1) for a in rows])
+        / samples
+    )
     values, vectors = torch.linalg.eigh(gram)  # ascending
     kept = values > values[-1] * 1e-7  # what float32 products can tell from 0
     Q = vectors[:, kept][:, -rank:].flip(1) / samples**0.5  # [samples, rank], the largest first
     parts = Q.float().split([len(a) for a in rows])
-    directions = torch.stack([q.mT @ a for q, a in zip(parts, rows, strict=True)]).sum(0)
+    directions = torch.stack([q.mT @ a.float() for q, a in zip(parts, rows, strict=True)]).sum(0)
     return directions.unflatten(1, gradients[0].shape[1:])

@@ -247,6 +247,8 @@ def test_directions_give_the_best_low_rank_fisher(rank: int) -> None:
     _, S, V = torch.linalg.svd(A, full_matrices=False)
     best = (V[:rank].mT * S[:rank].square() / len(A)) @ V[:rank]
     assert len(u) == min(rank, 18)
+    half = largest_directions([g.bfloat16() for g in gradients], 3).flatten(1)
+    torch.testing.assert_close(half.mT @ half, u[:3].mT @ u[:3], rtol=0.05, atol=0.05)
     torch.testing.assert_close(u.mT @ u, best, rtol=1e-3, atol=1e-3)
     assert torch.allclose(best, fisher, atol=1e-3) == (rank == 40)
 
