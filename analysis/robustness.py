@@ -33,6 +33,9 @@ DATA, OPTIMISATION, OTHER = "what the method sees", "how it is optimised", "othe
 COLOURS = {DATA: "#0072B2", OPTIMISATION: "#D55E00", OTHER: "#767676"}
 TITLES = {
     "calibration.num_samples": ("calibration size", DATA),
+    "calibration.balance": ("equal numbers of each class", DATA),
+    "calibration.image_augmentation": ("augmented images", DATA),
+    "calibration.source": ("calibration data", DATA),
     "seed": ("seed", DATA),
     "method.augmentation": ("augmentation", DATA),
     "method.selection": ("weights that are learned", DATA),

@@ -14,6 +14,7 @@ from ptq import pipeline
 from ptq.allocation import Bits
 from ptq.calibration import Calibration, NoCalibration
 from ptq.config import build, companion, load_choice
+from ptq.data.draw import check_plain
 from ptq.errors import InputError
 from ptq.grids.grid import Grid
 from ptq.methods.method import GridSpec, LayerMethod, check_pair
@@ -106,10 +107,10 @@ def quantize_model(
     arguments. `bits` is a width, a name of conf/bits such as "w3g128", or a Bits object; `skip` names layers
     that stay float (wildcards allowed), as embeddings do unless `embeddings` is true; `settings` a name of
     conf/calibration or an object: which inputs layers see and what they reproduce (its sample counts are not
-    read here). `activations` is a name of conf/activations or an object, read where `bits` gives layer inputs
-    a width ("w4a8"). `preparation` is a name of conf/preparation or an object: how the float network is
-    rewritten first. `tuning` is a name of conf/tuning or an object: which float parameters are trained,
-    without labels, once the codes stand.
+    read here, and it may not ask for images drawn in some way). `activations` is a name of conf/activations
+    or an object, read where `bits` gives layer inputs a width ("w4a8"). `preparation` is a name of
+    conf/preparation or an object: how the float network is rewritten first. `tuning` is a name of conf/tuning
+    or an object: which float parameters are trained, without labels, once the codes stand.
     `overrides` are hyperparameters of a method given by name.
     """
     solver, spec = _method_and_grid(method, grid, overrides)
@@ -118,6 +119,11 @@ def quantize_model(
             "calibration must be an iterable of batches, not one Tensor: pass [tensor] or tensor.split(n)"
         )
     batches = list(calibration)
+    drawn: Calibration | NoCalibration = (
+        build(load_choice("calibration", settings), "calibration") if isinstance(settings, str) else settings
+    )
+    if isinstance(drawn, Calibration):
+        check_plain(drawn, "these batches are drawn already")
     student = copy.deepcopy(model).eval()
     config: Any = getattr(student, "config", None)
     cached = getattr(config, "use_cache", None)
@@ -139,9 +145,7 @@ def quantize_model(
             method=solver,
             grid=spec,
             bits=_bits(bits, group_size, list(skip)),
-            calibration=build(load_choice("calibration", settings), "calibration")
-            if isinstance(settings, str)
-            else settings,
+            calibration=drawn,
             activations=build(load_choice("activations", activations), "activations")
             if isinstance(activations, str)
             else activations,

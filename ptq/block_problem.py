@@ -1,7 +1,7 @@
 """The block problem: make a block of quantized layers give what the float block gives.
 
-The counterpart of LayerProblem for methods that train a whole block (residual unit, transformer block, or a
-layer outside all blocks) through its quantized layers.
+The counterpart of LayerProblem for methods that train a whole block (residual unit, transformer block, a
+stage of them, or a layer outside all of these) through its quantized layers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class BlockProblem:
     float_calls: list[Call] | None  # what the float network delivers; None where nothing asked for it
     targets: list[Tensor]  # wanted first output of each call, [samples, …]
     # of the float network's log-likelihood with respect to its block's output, as targets; None likewise
-    squared_gradients: list[Tensor] | None
+    output_gradients: list[Tensor] | None
     seed: int
     progress: bool
     resume: Resume  # where the training of the block keeps its state

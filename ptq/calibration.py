@@ -27,6 +27,14 @@ class Inputs(Enum):
     quantized = "quantized"  # those that the already quantized part of the model delivers
 
 
+class ImageAugmentation(Enum):
+    """What is done to each calibration image once, when it is drawn."""
+
+    flip = "flip"  # left and right changed places, in half of the images
+    crop = "crop"  # a random part, resized to the size of the whole
+    jitter = "jitter"  # brightness, contrast and, in colour, saturation multiplied by random factors
+
+
 class Target(Enum):
     """What the quantized layer shall reproduce."""
 
@@ -49,9 +57,14 @@ class Calibration:
     positions_per_image: int | None
     target_damping: float  # ridge of the float-path target, as a fraction of H's mean diagonal
     fresh_per_layer: bool  # samples drawn anew for each layer, as the released COMQ does (inputs=float)
-    reestimate_batchnorm: bool  # at the end, on the calibration samples as they are: without augmentation
+    reestimate_batchnorm: bool  # at the end, on the calibration set
     # add to each layer's bias what its mean output lost, E[W x] − E[Ŵ x̂]; x as `target` says, x̂ as it arrives
     bias_correction: bool
+    balance: bool  # images: as equal numbers of each class as there can be, instead of any images
+    image_augmentation: list[ImageAugmentation]  # in this order; the set is the same at each reading
+    crop_scale: list[float]  # of crop: smallest and largest part of the image's area
+    crop_ratio: list[float]  # of crop: smallest and largest width over height
+    jitter: float  # of jitter: factors from 1 − this to 1 + this
 
     def __post_init__(self) -> None:
         if self.num_samples < 1:
@@ -75,6 +88,24 @@ class Calibration:
                 "calibration.target=float_path needs calibration.inputs=quantized: "
                 "on float inputs both targets are one"
             )
+        self._check_augmentation()
+
+    def _check_augmentation(self) -> None:
+        names = [each.value for each in self.image_augmentation]
+        if len(set(names)) < len(names):
+            raise InputError(f"calibration.image_augmentation must name each only once; got {names}")
+        if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise InputError(
+                "calibration.crop_scale must be two fractions in (0, 1], the smaller one first; "
+                f"got {self.crop_scale}"
+            )
+        if len(self.crop_ratio) != 2 or not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
+            raise InputError(
+                "calibration.crop_ratio must be two positive numbers, the smaller one first; "
+                f"got {self.crop_ratio}"
+            )
+        if not 0 < self.jitter <= 1:
+            raise InputError(f"calibration.jitter must be a fraction in (0, 1]; got {self.jitter}")
 
 
 class _Positions:

@@ -83,12 +83,12 @@ def layer_inputs(
     return received
 
 
-def squared_output_gradients(
+def output_gradients(
     adapter: ModelAdapter, module: nn.Module, name: str, batches: list[Any], seed: int
 ) -> list[Tensor]:
-    """Squared gradient of −log p(label) with respect to the first output of the unit `name`, for each batch,
-    on the host. Labels are drawn from the network's own probabilities, so that the mean is the diagonal of
-    the Fisher information.
+    """Gradient of log p(label) with respect to the first output of the unit `name`, for each batch, on the
+    host. Labels are drawn from the network's own probabilities, so that the mean of its squares is the
+    diagonal of the Fisher information.
     """
     generator = torch.Generator().manual_seed(seed)
     kept: list[Tensor] = []
@@ -107,5 +107,5 @@ def squared_output_gradients(
             drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)
             likelihood = logits.log_softmax(-1).gather(-1, drawn.to(logits.device)).sum()
             (gradient,) = torch.autograd.grad(likelihood, kept[-1])
-            gradients.append(gradient.square().to(HOST))
+            gradients.append(gradient.to(HOST))
     return gradients

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ptq.calibration import Calibration, Inputs, Target
 from ptq.layers import weight_matrix
-from ptq.methods.method import RatedGridSpec, stored_size
+from ptq.methods.method import RatedGridSpec, stored_size, units_of
 from ptq.mixed_precision import MixedBits, Rounding, budget_bits
 from ptq.plan import Plan, allocate, allocate_activations, skipped_parameters, trace
 from ptq.problem import LayerProblem
@@ -108,7 +108,7 @@ def _float_inputs(parts: Parts) -> bool:
 
 def _trace(parts: Parts, module: nn.Module, batch: Tensor) -> tuple[dict[str, int], float, Plan]:
     """Elements of each layer's input in one batch, seconds of one forward pass, and the plan."""
-    plan = trace(parts.adapter, batch)
+    plan = trace(parts.adapter, batch, units_of(parts.method, parts.adapter))
     elements: dict[str, int] = {}
 
     def note(name: str) -> RemovableHandle:

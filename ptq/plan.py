@@ -1,6 +1,7 @@
 """What one traced forward pass says about a model: its units, its layers in order, and who shares an input.
 
-A unit is a block (see models/adapter) or a quantizable layer outside all blocks.
+A unit is a block (see models/adapter), or what else is to be quantized as one, or a quantizable layer outside
+all of these.
 """
 
 from __future__ import annotations
@@ -229,18 +230,20 @@ def hooks(handles: Iterable[Any]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def trace(adapter: ModelAdapter, batch: Any) -> Plan:
+def trace(adapter: ModelAdapter, batch: Any, units_of_several: list[str] | None = None) -> Plan:
     """The plan of `adapter.module`, from one forward pass on (a part of) `batch`.
 
-    Raises InputError when no layer that can be quantized is reached.
+    `units_of_several` are the parts of several layers that are one unit each, by default the blocks. Raises
+    InputError when no layer that can be quantized is reached.
     """
-    module, layers, blocks = adapter.module, adapter.quantizable(), adapter.blocks()
+    module, layers = adapter.module, adapter.quantizable()
+    parts = adapter.blocks() if units_of_several is None else units_of_several
     if "" in layers:
         raise InputError(f"the model is a bare {type(module).__name__}: wrap it in torch.nn.Sequential")
     batch = (
         batch[:2] if isinstance(batch, Tensor) else batch
     )  # everything the pass produces is kept while it runs
-    unit_of = {name: next((b for b in blocks if name.startswith(f"{b}.")), name) for name in layers}
+    unit_of = {name: next((p for p in parts if name.startswith(f"{p}.")), name) for name in layers}
     calls: dict[str, list[Call]] = {}
     outputs: dict[str, tuple[Tensor, int] | None] = {}
     arrived: dict[str, int] = {}  # version of the first argument at the call

@@ -26,25 +26,33 @@ IGNORED = (
 
 
 # keys that came later, with the value that all jobs before them had
-LATER = {"tf32": False, "model.skip_embeddings": True}
+LATER: dict[str, Any] = {
+    "tf32": False,
+    "model.skip_embeddings": True,
+    "calibration.balance": False,
+    "calibration.image_augmentation": [],
+    "calibration.crop_scale": [0.5, 1.0],
+    "calibration.crop_ratio": [0.75, 1.3333],
+    "calibration.jitter": 0.4,
+    "method.fisher_rank": 15,
+    "method.low_rank_fraction": 0.5,
+}
 
 
 def config_hash(config: dict[str, Any]) -> str:
     """Twelve hex digits of everything in a resolved config that can change the result."""
-    relevant = {k: v for k, v in config.items() if k not in IGNORED}
-    for key, value in LATER.items():
-        relevant = _without(relevant, key.split("."), value)
+    relevant = _without_later({k: v for k, v in config.items() if k not in IGNORED})
     return hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
-def _without(config: dict[str, Any], path: list[str], value: Any) -> dict[str, Any]:
-    """The config less the key at `path` where that has this value."""
-    key, *rest = path
-    if key not in config or (rest and not isinstance(config[key], dict)):
-        return config
-    if rest:
-        return {**config, key: _without(config[key], rest, value)}
-    return {k: v for k, v in config.items() if k != key or v != value}
+def _without_later(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`config` less the later keys that have the value of before."""
+    kept = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        if name not in LATER or value != LATER[name]:
+            kept[key] = _without_later(value, f"{name}.") if isinstance(value, dict) else value
+    return kept
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -23,10 +23,11 @@ from ptq.calibration import Calibration, NoCalibration
 from ptq.config import build, load_choice
 from ptq.data.draw import Samples, calibration_batches
 from ptq.data.held_out import HeldOut
+from ptq.data.noise import check_job
 from ptq.dry_run import describe
 from ptq.errors import InputError
 from ptq.hardware import device_name, peak_memory_bytes
-from ptq.methods.method import check_pair
+from ptq.methods.method import check_pair, units_of
 from ptq.methods.selecting import SelectingMethod, chooses
 from ptq.mixed_precision import MixedBits, check_mixed
 from ptq.models.adapter import ModelAdapter
@@ -38,7 +39,7 @@ from ptq.records import RECORD, config_hash, finished, versions, write_json
 from ptq.resume import Resume, Store
 from ptq.seeding import isolated_seed
 from ptq.selection import Trials, select, validation_evaluation
-from ptq.tuning import NoTuning, Scope, Tuning, check_tuning
+from ptq.tuning import Loss, NoTuning, Scope, Tuning, check_tuning
 from ptq.whole_network import WholeNetworkMethod, check_whole
 
 log = logging.getLogger(__name__)
@@ -213,11 +214,13 @@ def prepare(config: DictConfig, settings: Settings) -> Parts:
         preparation.check(adapter)
     if isinstance(method, WholeNetworkMethod):
         check_whole(adapter, bits, calibration, tuning)
+    units_of(method, adapter)
     data.check(adapter)
     source = data
     if isinstance(calibration, Calibration) and calibration.source is not None:
         source = build(load_choice("data", calibration.source), "calibration.source")
         source.check(adapter)
+    check_job(data, source, isinstance(tuning, Tuning) and tuning.loss is Loss.cross_entropy)
     if chooses(method, grid):
         data, source = HeldOut(data), HeldOut(source)
     batches = calibration_batches(source, adapter, calibration, settings.seed)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ptq.block_problem import BlockProblem
-from ptq.losses import Loss, unit_mean
+from ptq.losses import Fisher, Loss, largest_directions, unit_mean
 from ptq.models.adapter import ModelAdapter
 from ptq.plan import Call, first_tensor, map_tensors
 from ptq.tuning import float32, slices
@@ -37,7 +37,7 @@ class Piece:
     call: Call
     float_input: Tensor | None
     target: Tensor
-    weight: Tensor | None  # of the squared differences
+    fisher: Fisher | None
 
 
 class BlockLoss:
@@ -54,6 +54,8 @@ class BlockLoss:
         augmentation: Augmentation,
         probability: float,
         strength: float,
+        fisher_rank: int,
+        low_rank_fraction: float,
         device: torch.device,
         seed: int,
     ) -> None:
@@ -63,7 +65,7 @@ class BlockLoss:
         self.generator = torch.Generator().manual_seed(seed)
         self.size = 1.0
         self.pieces = [
-            Piece(call=call, float_input=None, target=target, weight=None)
+            Piece(call=call, float_input=None, target=target, fisher=None)
             for call, target in slices(self.block, problem.calls, targets, batch_size)
         ]
         if problem.float_calls is not None and augmentation is not Augmentation.none:
@@ -71,18 +73,26 @@ class BlockLoss:
                 self.pieces, slices(self.block, problem.float_calls, targets, batch_size), strict=True
             ):
                 piece.float_input = first_tensor(call.args)
-        if problem.squared_gradients is not None:
-            weights = unit_mean(problem.squared_gradients)
-            for piece, (_, weight) in zip(
-                self.pieces, slices(self.block, problem.calls, weights, batch_size), strict=True
+        if problem.output_gradients is not None:
+            squares = unit_mean([g.square() for g in problem.output_gradients])
+            directions = None
+            if kind is Loss.fisher_low_rank:
+                gradients = [
+                    s.sqrt() * g.sign() for s, g in zip(squares, problem.output_gradients, strict=True)
+                ]
+                directions = largest_directions(gradients, fisher_rank).to(device)
+            for piece, (_, square) in zip(
+                self.pieces, slices(self.block, problem.calls, squares, batch_size), strict=True
             ):
-                piece.weight = weight
+                piece.fisher = Fisher(
+                    diagonal=square, directions=directions, low_rank_fraction=low_rank_fraction
+                )
         if kind is not Loss.l2:
             self.size = like_l2([self._compared(piece) for piece in self.pieces[:4]], kind, p)
 
     def plain(self, piece: Piece) -> Tensor:
         """The loss on the inputs as they are."""
-        return self.kind.of(*self._compared(piece)[:2], self.p, self._weight(piece)) * self.size
+        return self.kind.of(*self._compared(piece)[:2], self.p, self._fisher(piece)) * self.size
 
     def training(self, piece: Piece) -> Tensor:
         """The loss on augmented inputs; an embedding's ids stay as they are."""
@@ -106,14 +116,14 @@ class BlockLoss:
             with torch.no_grad():
                 target = self._output(self.original, call.with_first(x_float))
         output = self._output(self.block, call.with_first(x))
-        return self.kind.of(output, target, self.p, self._weight(piece)) * self.size
+        return self.kind.of(output, target, self.p, self._fisher(piece)) * self.size
 
-    def _weight(self, piece: Piece) -> Tensor | None:
-        return None if piece.weight is None else piece.weight.to(self.device)
+    def _fisher(self, piece: Piece) -> Fisher | None:
+        return None if piece.fisher is None else piece.fisher.to(self.device)
 
-    def _compared(self, piece: Piece) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _compared(self, piece: Piece) -> tuple[Tensor, Tensor, Fisher | None]:
         output = self._output(self.block, piece.call.to(self.device))
-        return output, piece.target.to(self.device).float(), self._weight(piece)
+        return output, piece.target.to(self.device).float(), self._fisher(piece)
 
     def _output(self, module: nn.Module, call: Call) -> Tensor:
         there = call.cloned()
@@ -160,8 +170,8 @@ class NetworkLoss:
 
 
 @torch.no_grad()
-def like_l2(compared: list[tuple[Tensor, Tensor, Tensor | None]], kind: Loss, p: float) -> float:
-    """What makes `kind` as large as l2 on these outputs, targets and weights; 1 where either is 0."""
+def like_l2(compared: list[tuple[Tensor, Tensor, Fisher | None]], kind: Loss, p: float) -> float:
+    """What makes `kind` as large as l2 on these outputs and targets; 1 where either is 0."""
     plain = sum(float(Loss.l2.of(output, target)) for output, target, _ in compared)
-    other = sum(float(kind.of(output, target, p, weight)) for output, target, weight in compared)
+    other = sum(float(kind.of(output, target, p, fisher)) for output, target, fisher in compared)
     return plain / other if plain > 0 and other > 0 else 1.0

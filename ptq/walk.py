@@ -1,6 +1,7 @@
 """Walk the model unit by unit: capture inputs → accumulate Grams → solve layers → replace them → next unit.
 
-A unit is a block (see models/adapter) or a quantizable layer outside all blocks. One traced forward pass
+A unit is a block (see models/adapter), where the method wants so a stage of blocks, or a quantizable layer
+outside all of these. One traced forward pass
 finds the order in which units and layers run, which layers share an input, and whether a unit's input is
 exactly the previous unit's output. Where it is, units are chained: the stored outputs of one are the inputs
 of the next. Elsewhere (a pooling in between, a changed mask) the inputs are captured by a forward pass of the
@@ -23,7 +24,7 @@ from ptq.allocation import Bits
 from ptq.batchnorm import reestimate
 from ptq.block_problem import BlockProblem
 from ptq.calibration import Calibration, Inputs, NoCalibration, Statistics, Target
-from ptq.capture import squared_output_gradients, unit_calls, unit_outputs
+from ptq.capture import output_gradients, unit_calls, unit_outputs
 from ptq.errors import InputError
 from ptq.grids.grid import Grid
 from ptq.layers import (
@@ -42,6 +43,7 @@ from ptq.methods.method import (
     ModelGridSpec,
     NetworkMethod,
     check_pair,
+    units_of,
     wants,
 )
 from ptq.mixed_precision import Choice, MixedBits, check_mixed, choose
@@ -111,7 +113,8 @@ class Walk:
         self.batches = [map_tensors(b, lambda t: t.to(device)) for b in batches]
         self.student = adapter.module.to(device)
         _check_finite(self.student)
-        self.plan = trace(adapter, self.batches[0])
+        self.units_of_several = units_of(method, adapter)
+        self.plan = trace(adapter, self.batches[0], self.units_of_several)
         self.allocation = allocate(adapter, self.plan, bits)
         self.mixed: Choice | None = None
         if isinstance(bits, MixedBits):
@@ -160,7 +163,6 @@ class Walk:
         wanted = self.wants.network or self.wants.output_gradients
         if (distilled or wanted) and self.teacher is None:
             self.example = copy.deepcopy(self.student)
-        self.blocks = set(adapter.blocks())
         self.stage_inputs = StageInputs(
             adapter=adapter,
             teacher=self.teacher,
@@ -299,14 +301,14 @@ class Walk:
             calls=calls,
             float_calls=inputs.get("teacher"),
             targets=unit_outputs(original, sources, self.device),
-            squared_gradients=self._squared_gradients(unit),
+            output_gradients=self._output_gradients(unit),
             seed=self.seed,
             progress=progress,
             resume=resume.within("method"),
         )
         if isinstance(self.method, BlockMethod) and self.wants.blocks:
             self._tuned(self.method.tune_block(problem))
-        if self._tunes_blocks() and unit.name in self.blocks:
+        if self._tunes_blocks() and unit.name in self.units_of_several:
             assert self.tuning is not None
             self._tuned(self.tuning.tune_block(replace(problem, resume=resume.within("tuning"))))
         if alone is not None and alone[0] is not block:
@@ -318,14 +320,14 @@ class Walk:
 
     def _reconstructs(self, unit: Unit) -> bool:
         """Whether the unit is trained as one after its layers are quantized."""
-        blocks = self._tunes_blocks() and unit.name in self.blocks
+        blocks = self._tunes_blocks() and unit.name in self.units_of_several
         return unit.replayable and (blocks or self.wants.blocks)
 
-    def _squared_gradients(self, unit: Unit) -> list[Tensor] | None:
+    def _output_gradients(self, unit: Unit) -> list[Tensor] | None:
         if not self.wants.output_gradients:
             return None
         assert self.example is not None
-        return squared_output_gradients(self.adapter, self.example, unit.name, self.batches, self.seed)
+        return output_gradients(self.adapter, self.example, unit.name, self.batches, self.seed)
 
     def _tuned(self, report: TuningReport) -> None:
         self.report.tuning.append(report)

@@ -102,8 +102,13 @@ def test_no_input_at_all() -> None:
         ({"positions_per_image": 0}, "positions_per_image.*got 0"),
         ({"target": "float_path", "inputs": "float"}, "needs calibration.inputs=quantized"),
         ({"inputs": "both"}, "ill-typed value for calibration.inputs"),
+        ({"image_augmentation": ["flop"]}, "ill-typed value for calibration.image_augmentation"),
+        ({"image_augmentation": ["flip", "flip"]}, "name each only once; got .'flip', 'flip'"),
+        ({"crop_scale": [0.0, 1.0]}, r"crop_scale must be two fractions.*got \[0.0, 1.0\]"),
+        ({"crop_ratio": [2.0, 1.0]}, r"crop_ratio must be two positive.*got \[2.0, 1.0\]"),
+        ({"jitter": 1.5}, r"jitter must be a fraction in \(0, 1\]; got 1.5"),
     ],
-    ids=["samples", "batch", "positions", "target", "enum"],
+    ids=["samples", "batch", "positions", "target", "enum", "word", "twice", "scale", "ratio", "jitter"],
 )
 def test_wrong_settings(choice, overrides: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):

@@ -53,14 +53,27 @@ class Net(nn.Module):
         return self.head(self.dropout(self.alias(torch.tanh(self.tied(x)))))
 
 
+class StagedNet(nn.Module):
+    """A stem, a stage of two blocks, a block alone, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(5, 6)
+        self.stages = nn.Sequential(nn.Sequential(Block(), Block()), nn.Sequential(Block()))
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.stages(self.stem(x)))
+
+
 class PowerCutError(Exception):
     """What ends a run in these tests."""
 
 
-def net() -> Net:
+def net(kind: type[nn.Module] = Net) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return Net().eval()
+        return kind().eval()
 
 
 X = list(torch.randn(48, 5, generator=torch.Generator().manual_seed(1)).split(16))
@@ -76,9 +89,16 @@ def store(folder: Path, identity: str = "job", every: float = 0.0) -> Store:
 
 
 def quantize(
-    choice, place: Store | None, tuning: str, *, method: Any = None, bits: str = "w3", **overrides: Any
-) -> tuple[Net, Report]:
-    module = net()
+    choice,
+    place: Store | None,
+    tuning: str,
+    *,
+    method: Any = None,
+    bits: str = "w3",
+    kind: type[nn.Module] = Net,
+    **overrides: Any,
+) -> tuple[nn.Module, Report]:
+    module = net(kind)
     with isolated_seed(0):
         report = pipeline.quantize(
             ModelAdapter(name="net", module=module, task="any", forward=lambda m, x: m(x)),
@@ -201,14 +221,17 @@ def test_network_tuning_cut_between_epochs_ends_the_same(
         ("qdrop", {}),
         ("tesseraq", {"soft_fractions": [0.6, 0.3], "selection": "gradient", "selected": 0.7}),
         ("gradient_ptq", {"unit": "network", "loss": "kl", "augmentation": "none", "float_target": False}),
+        ("brecq", {"unit": "stage"}),
     ],
+    ids=["qdrop", "tesseraq", "network", "stage"],
 )
 @pytest.mark.parametrize("writes", [2, 5, 7])
 def test_learned_rounding_cut_between_epochs_ends_the_same(
     choice, tmp_path: Path, monkeypatch, name: str, settings: dict[str, Any], writes: int
 ) -> None:
     method = choice("method", name, iterations=24, batch_size=8, rounding_rate=0.05, **settings)
-    run = partial(quantize, choice, tuning="none", method=method, bits="w3a8")
+    kind = StagedNet if settings.get("unit") == "stage" else Net
+    run = partial(quantize, choice, tuning="none", method=method, bits="w3a8", kind=kind)
     expected, report = run(None)
     assert report.tuning
     interrupt(monkeypatch, writes, lambda: run(store(tmp_path)))

@@ -125,6 +125,13 @@ def test_same_seed_same_record_other_seed_other_draw(tmp_path: Path) -> None:
         (["device=quantum"], "device must be auto, cpu"),
         (["+bits.layers={stem9: 8}"], "'stem9'"),
         (["calibration.source=digitz"], "did you mean 'digits'"),
+        (["calibration.source=random_tokens"], "random_tokens is text.*for images choose noise"),
+        (["data=noise"], "it only calibrates.*calibration.source=noise"),
+        (["calibration.source=noise", "calibration.balance=true"], "these have no labels"),
+        (
+            ["calibration.source=noise", "tuning=network", "tuning.loss=cross_entropy"],
+            "calibration.source=noise has none",
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -203,6 +210,10 @@ def test_config_hash_ignores_what_cannot_change_the_result() -> None:
     base = {"seed": 0, "method": {"sweeps": 3}, "output_dir": "a", "progress": True}
     assert config_hash(base) == config_hash({**base, "output_dir": "b", "progress": False})
     assert config_hash(base) != config_hash({**base, "seed": 1})
+    old = {**base, "calibration": {"num_samples": 5}}
+    grown = {**old, "calibration": {"num_samples": 5, "balance": False, "image_augmentation": []}}
+    assert config_hash(grown) == config_hash(old)  # jobs from before these keys are not run again
+    assert config_hash({**old, "calibration": {"num_samples": 5, "balance": True}}) != config_hash(old)
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

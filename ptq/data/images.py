@@ -55,14 +55,14 @@ class ArrayImages(Dataset[tuple[Tensor, int]]):
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, transform: PixelTransform) -> None:
         self.images = images
-        self.labels = labels
+        self.targets = labels.tolist()
         self.transform = transform
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(Image.fromarray(self.images[index])), int(self.labels[index])
+        return self.transform(Image.fromarray(self.images[index])), self.targets[index]
 
 
 class TensorImages(Dataset[tuple[Tensor, int]]):
@@ -70,13 +70,13 @@ class TensorImages(Dataset[tuple[Tensor, int]]):
 
     def __init__(self, images: Tensor, labels: np.ndarray) -> None:
         self.images = images
-        self.labels = labels
+        self.targets = labels.tolist()
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.images[index], int(self.labels[index])
+        return self.images[index], self.targets[index]
 
 
 def draw(data: Dataset, available: int, num_samples: int | None, seed: int, source: str) -> Dataset:

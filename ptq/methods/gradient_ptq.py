@@ -1,4 +1,5 @@
-"""Gradient PTQ: codes learned by gradient descent through a relaxation, for a layer, a block or the network.
+"""Gradient PTQ: codes learned by gradient descent through a relaxation, for a layer, a block, a stage of
+blocks or the network.
 
 One engine for a family: AdaRound (arXiv 2004.10568; a layer, on its Gram), BRECQ (arXiv 2102.05426; a block),
 QDrop (arXiv 2203.05740; a block, inputs mixed with the float ones), AutoRound (arXiv 2309.05516; a block,
@@ -45,6 +46,7 @@ class Unit(Enum):
 
     layer = "layer"
     block = "block"  # and each layer outside all blocks
+    stage = "stage"  # blocks of one Sequential, as in ResNets; and each block and layer outside all stages
     network = "network"
 
 
@@ -59,6 +61,8 @@ class GradientPTQ:
     grid_form: GridForm
     loss: Loss
     p: float  # exponent of loss=lp
+    fisher_rank: int  # directions of loss=fisher_low_rank, fewer where the gradients have a smaller rank
+    low_rank_fraction: float  # of loss=fisher_low_rank: weight of the directions; the diagonal has the rest
     regularisation: float  # λ of relaxation=sigmoid, for a loss of the size that l2 has at the start
     beta: list[float]  # its exponent, after the warm-up and at the end
     warmup: float  # fraction of the iterations without it
@@ -101,13 +105,18 @@ class GradientPTQ:
                 "unit=layer descends on the layer's Gram, which knows squared errors only; got "
                 f"loss={self.loss.value}; use l2, or unit=block"
             )
-        if self.unit is not Unit.block and self.augmentation is not Augmentation.none:
+        if not self.by_blocks and self.augmentation is not Augmentation.none:
             raise InputError(
                 f"augmentation={self.augmentation.value} changes a block's inputs; unit={self.unit.value} "
                 "takes augmentation=none"
             )
-        if self.unit is not Unit.block and self.loss is Loss.fisher_diagonal:
-            raise InputError("loss=fisher_diagonal weighs the outputs of a block; use unit=block")
+        if not self.by_blocks and self.loss.reads_gradients:
+            raise InputError(f"loss={self.loss.value} weighs the outputs of a block; use unit=block or stage")
+        if self.fisher_rank < 1 or not 0 <= self.low_rank_fraction <= 1:
+            raise InputError(
+                "fisher_rank must be at least 1 and low_rank_fraction in [0, 1]; got "
+                f"{self.fisher_rank} and {self.low_rank_fraction}"
+            )
         if self.unit is Unit.layer and set(self.variables) - {Variable.rounding, Variable.grid}:
             raise InputError("unit=layer trains rounding and grid only; use unit=block for other variables")
         moving = (Kind.signed_offset, Kind.weights, Kind.division)
@@ -119,6 +128,11 @@ class GradientPTQ:
         known = choices("method")
         if self.start not in known:
             raise InputError(f"unknown method.start {self.start!r}{suggestion(self.start, known)}")
+
+    @property
+    def by_blocks(self) -> bool:
+        """Whether parts of the network are reconstructed, each from its own inputs."""
+        return self.unit in (Unit.block, Unit.stage)
 
     def recipe(self) -> Recipe:
         """The part of the configuration that is about training alone."""
@@ -156,13 +170,14 @@ class GradientPTQ:
 
     def wants(self) -> Wants:
         """What the pipeline is to call, and with what."""
-        block = self.unit is Unit.block
+        block = self.by_blocks
         mixed = self.augmentation in (Augmentation.qdrop, Augmentation.noise, Augmentation.mixup)
         return Wants(
             blocks=block,
             network=self.unit is Unit.network,
+            stages=self.unit is Unit.stage,
             float_inputs=block and (mixed or self.float_target),
-            output_gradients=block and self.loss is Loss.fisher_diagonal,
+            output_gradients=block and self.loss.reads_gradients,
         )
 
     def quantize_layer(
@@ -176,7 +191,7 @@ class GradientPTQ:
             return reconstruct_layer(problem, fitted, codes, self.recipe(), self.seed)
 
     def tune_block(self, problem: BlockProblem) -> TuningReport:
-        """Learn the codes of all layers of the block at once."""
+        """Learn the codes of all layers of the block, or stage of blocks, at once."""
         targets = problem.targets
         device = next((t.device for t in problem.block.buffers()), torch.device("cpu"))
         if self.float_target:
@@ -193,6 +208,8 @@ class GradientPTQ:
                 augmentation=self.augmentation,
                 probability=self.probability,
                 strength=self.strength,
+                fisher_rank=self.fisher_rank,
+                low_rank_fraction=self.low_rank_fraction,
                 device=device,
                 seed=problem.seed + self.seed,
             )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ptq.allocation import Allocation
 from ptq.block_problem import BlockProblem
+from ptq.errors import InputError
 from ptq.grids.grid import Grid
 from ptq.models.adapter import ModelAdapter
 from ptq.problem import LayerProblem
@@ -24,8 +25,9 @@ class Wants:
 
     blocks: bool
     network: bool
+    stages: bool = False  # blocks of one stage are one (see units_of)
     float_inputs: bool = False  # BlockProblem.float_calls
-    output_gradients: bool = False  # BlockProblem.squared_gradients
+    output_gradients: bool = False  # BlockProblem.output_gradients
 
 
 @runtime_checkable
@@ -126,6 +128,23 @@ def wants(method: LayerMethod) -> Wants:
     if isinstance(method, Configurable):
         return method.wants()
     return Wants(blocks=isinstance(method, BlockMethod), network=isinstance(method, NetworkMethod))
+
+
+def units_of(method: object, adapter: ModelAdapter) -> list[str]:
+    """Names of the parts of several layers that the method wants quantized as one: the blocks, or the stages
+    and the blocks outside all stages. Raises InputError where it wants stages and the model has none.
+    """
+    blocks = adapter.blocks()
+    if not isinstance(method, Configurable) or not method.wants().stages:
+        return blocks
+    stages = adapter.stages()
+    if not stages:
+        found = ", ".join(blocks[:2]) + (", …" if blocks[2:] else "") or "none"
+        raise InputError(
+            "method.unit=stage takes each Sequential of two or more blocks as one, and model "
+            f"{adapter.name!r} has no such part (its blocks: {found}); use method.unit=block or network"
+        )
+    return stages + [b for b in blocks if not any(b.startswith(f"{s}.") for s in stages)]
 
 
 def stored_size(

@@ -55,6 +55,12 @@ class Preprocessing:
     resize: int | None = None  # short side, pixels; None = images arrive at their final size
     crop: int | None = None  # centre crop, pixels; None = no crop
     interpolation: str = "bilinear"
+    native: int | None = None  # side of images that arrive at their final size, pixels; None = not known
+
+    @property
+    def side(self) -> int | None:
+        """Pixels a side of what the model gets, where that is known."""
+        return self.native if self.crop is None else self.crop
 
 
 @dataclass(kw_only=True)
@@ -94,6 +100,18 @@ class ModelAdapter:
     def blocks(self) -> list[str]:
         """Names of the blocks: the innermost repeated parts that hold at least two quantizable layers."""
         return find_blocks(self.module)
+
+    def stages(self) -> list[str]:
+        """Names of the stages, as ResNets have them: the innermost Sequentials of at least two blocks."""
+        blocks = self.blocks()
+        several = [
+            name
+            for name, module in self.module.named_modules()
+            if name
+            and isinstance(module, nn.Sequential)
+            and sum(block.startswith(f"{name}.") for block in blocks) >= 2
+        ]
+        return [name for name in several if not any(other.startswith(f"{name}.") for other in several)]
 
 
 def find_blocks(module: nn.Module, prefix: str = "") -> list[str]:

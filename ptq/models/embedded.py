@@ -14,7 +14,8 @@ from ptq.models.networks import DigitsResNetModule, DigitsViTModule
 
 WEIGHTS_DIR = Path(__file__).resolve().parent / "weights"
 DIGITS = [str(digit) for digit in range(10)]
-DIGITS_PREPROCESSING = Preprocessing(mean=(0.305,), std=(0.376,))  # of the training images, in 0..1
+# mean and deviation of the training images, in 0..1
+DIGITS_PREPROCESSING = Preprocessing(mean=(0.305,), std=(0.376,), native=8)
 
 
 def digits_adapter(name: str, module: nn.Module, checkpoint: str | None) -> ModelAdapter:

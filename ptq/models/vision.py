@@ -264,7 +264,7 @@ def cifar10_adapter(
 ) -> ModelAdapter:
     """A CIFAR-10 classifier with the weights of `checkpoint`, or random ones where it is None."""
     source = None if checkpoint is None else load_checkpoint(module, checkpoint, name)
-    preprocessing = Preprocessing(mean=tuple(mean), std=tuple(std))
+    preprocessing = Preprocessing(mean=tuple(mean), std=tuple(std), native=32)
     return image_adapter(name, module, preprocessing, CIFAR10_CLASSES, len(CIFAR10_CLASSES), source)
 
 

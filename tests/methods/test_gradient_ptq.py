@@ -12,7 +12,8 @@ import ptq
 from ptq.config import build, load_choice
 from ptq.errors import InputError
 from ptq.layers import QuantizedLayer
-from ptq.losses import Loss
+from ptq.losses import Fisher, Loss, largest_directions
+from ptq.methods.method import units_of
 from ptq.problem import LayerProblem
 from ptq.solvers.soft_rounding import Kind, Softening, relax
 from tests.conftest import random_problem
@@ -152,6 +153,7 @@ BLOCK_AXES = [
     {"loss": "cosine"},
     {"loss": "kl"},
     {"loss": "fisher_diagonal"},
+    {"loss": "fisher_low_rank"},
     {"variables": ["rounding"]},
     {"variables": ["rounding", "grid", "bias", "norm"]},
     {"relaxation": "sigmoid"},
@@ -170,6 +172,7 @@ BLOCK_AXES = [
     {"selection": "random", "selected": 0.5},
     {"start": "gptq"},
     {"float_target": False},
+    {"unit": "stage"},
     {"unit": "network", "loss": "kl"},
     {"unit": "network", "loss": "l2"},
 ]
@@ -180,9 +183,30 @@ def test_every_axis_is_a_switch_that_works(net, axis: dict[str, Any]) -> None:
     """From nearest codes, each choice by itself brings the loss down somewhere, and changes the result."""
     overrides = {"start": "rtn", "checks": 2, "iterations": 30, **axis}
     quantized, report = run(net, "gradient_ptq", **overrides)
-    assert len(report.tuning) == (1 if axis.get("unit") == "network" else 4)
+    assert len(report.tuning) == {"network": 1, "stage": 3}.get(axis.get("unit", "block"), 4)
     assert any(t.kept and t.loss_after < t.loss_before for t in report.tuning)
     assert all(torch.isfinite(quantized(x)).all() for x in net[1])
+
+
+def test_a_stage_is_learned_as_one(net) -> None:
+    _, by_block = run(net, "brecq", iterations=20)
+    quantized, by_stage = run(net, "brecq", iterations=20, unit="stage")
+    assert [t.unit for t in by_block.tuning] == ["stem", "blocks.0", "blocks.1", "head"]
+    assert [t.unit for t in by_stage.tuning] == ["stem", "blocks", "head"]
+    assert len(by_stage.layers) == len(by_block.layers) == 6
+    assert sum(isinstance(m, QuantizedLayer) for m in quantized.modules()) == 6
+    _, mixed = run(net, "qdrop", iterations=20, unit="stage", loss="fisher_diagonal")
+    assert len(mixed.tuning) == 3
+
+
+def test_without_stages_the_way_out_is_named(choice) -> None:
+    language = choice("model", "topics_llama").load()
+    with pytest.raises(InputError, match=r"its blocks: model.layers.0, model.layers.1, ….*unit=block or net"):
+        units_of(choice("method", "brecq", unit="stage"), language)
+    assert units_of(choice("method", "brecq"), language) == language.blocks()
+    bare = nn.Sequential(nn.Linear(4, 3))
+    with pytest.raises(InputError, match="its blocks: none"):
+        ptq.quantize_model(bare, [torch.randn(8, 4)], "brecq", unit="stage")
 
 
 def test_same_seed_same_codes(net) -> None:
@@ -202,10 +226,48 @@ def test_random_selection_leaves_the_others_at_their_first_codes(net) -> None:
 def test_fisher_weights_are_those_of_the_float_network(choice, net) -> None:
     weight = torch.tensor([[1.0, 3.0]])
     output, target = torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2)
-    assert float(Loss.fisher_diagonal.of(output, target, weight=weight)) == 1 + 3 * 4
+    assert float(Loss.fisher_diagonal.of(output, target, fisher=Fisher(diagonal=weight))) == 1 + 3 * 4
+    along = Fisher(diagonal=weight, directions=torch.tensor([[2.0, 1.0], [0.0, 1.0]]), low_rank_fraction=0.25)
+    expected = 0.75 * (1 + 3 * 4) + 0.25 * ((2 + 2) ** 2 + 2**2)
+    assert float(Loss.fisher_low_rank.of(output, target, fisher=along)) == expected
     assert float(Loss.lp.of(output, target, 1.0)) == pytest.approx(3, abs=1e-4)
     assert float(Loss.cosine.of(output, output)) == pytest.approx(0, abs=1e-6)
     assert float(Loss.kl.of(output, output + 5)) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("rank", [3, 40])
+def test_directions_give_the_best_low_rank_fisher(rank: int) -> None:
+    """Against the singular vectors of all gradients at once; with full rank, the Fisher matrix itself."""
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randn(23, 2, 3, 3, generator=generator) * torch.tensor([3.0, 0.1])[:, None, None]
+    gradients = [g.float() for g in whole.split(10)]
+    u = largest_directions(gradients, rank).flatten(1)
+    A = whole.flatten(1)
+    fisher = A.mT @ A / len(A)
+    _, S, V = torch.linalg.svd(A, full_matrices=False)
+    best = (V[:rank].mT * S[:rank].square() / len(A)) @ V[:rank]
+    assert len(u) == min(rank, 18)
+    half = largest_directions([g.bfloat16() for g in gradients], 3).flatten(1)
+    torch.testing.assert_close(half.mT @ half, u[:3].mT @ u[:3], rtol=0.05, atol=0.05)
+    torch.testing.assert_close(u.mT @ u, best, rtol=1e-3, atol=1e-3)
+    assert torch.allclose(best, fisher, atol=1e-3) == (rank == 40)
+
+
+def test_the_low_rank_loss_is_the_fishers_quadratic_form_and_the_diagonal_its_own() -> None:
+    """With full rank and nothing of the diagonal: mean over samples of dᵀ F d, a position's share of it."""
+    generator = torch.Generator().manual_seed(1)
+    gradients, output, target = torch.randn(3, 12, 4, 2, 1, generator=generator).unbind()
+    directions = largest_directions([gradients], 99)
+    fisher = Fisher(diagonal=gradients.square(), directions=directions, low_rank_fraction=1.0)
+    F = gradients.flatten(1).mT @ gradients.flatten(1) / 12
+    d = (output - target).flatten(1)
+    wanted = (d @ F * d).sum(1).mean() / 2  # two positions
+    torch.testing.assert_close(Loss.fisher_low_rank.of(output, target, fisher=fisher), wanted)
+    fisher.low_rank_fraction = 0.0
+    torch.testing.assert_close(
+        Loss.fisher_low_rank.of(output, target, fisher=fisher),
+        Loss.fisher_diagonal.of(output, target, fisher=fisher),
+    )
 
 
 @pytest.mark.parametrize(
@@ -213,6 +275,9 @@ def test_fisher_weights_are_those_of_the_float_network(choice, net) -> None:
     [
         ({"loss": "cosine"}, "squared errors only; got loss=cosine"),
         ({"augmentation": "qdrop"}, "changes a block's inputs"),
+        ({"unit": "network", "loss": "fisher_low_rank"}, "weighs the outputs of a block; use unit=block or"),
+        ({"fisher_rank": 0}, "fisher_rank must be at least 1.*got 0 and 0.5"),
+        ({"low_rank_fraction": 1.5}, r"low_rank_fraction in \[0, 1\]; got 15 and 1.5"),
         ({"variables": ["rounding", "bias"]}, "rounding and grid only"),
         ({"variables": ["grid"]}, "must name rounding"),
         ({"grid_form": "range"}, "rounded anew"),

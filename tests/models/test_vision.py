@@ -122,6 +122,21 @@ def test_blocks_and_forward(name: str, size: int, first: str, last: str, count: 
     torch.testing.assert_close(images, before, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("digits_resnet", ["stages.0", "stages.1"]),
+        ("cifar10_resnet20", ["layer1", "layer2", "layer3"]),
+        ("resnet18", ["layer1", "layer2", "layer3", "layer4"]),
+        ("swin_tiny", [f"layers.{k}.blocks" for k in range(4)]),
+        ("digits_vit", ["blocks"]),
+    ],
+)
+def test_stages(name: str, stages: list[str]) -> None:
+    adapter = load(name) if name.startswith("digits") else random_weights(name)
+    assert adapter.stages() == stages
+
+
 @pytest.mark.parametrize("name", ["digits_resnet", "cifar10_resnet20"])
 def test_residual_block_leaves_its_input_alone(name: str) -> None:
     adapter = load(name) if name.startswith("digits") else random_weights(name)
