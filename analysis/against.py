@@ -103,6 +103,8 @@ def _entry(row: Any) -> str:
 
 def _value(value: Any) -> Any:
     """A list of one as its item, other lists and what is no number as words."""
+    if value == []:
+        return "none"
     if isinstance(value, list):
         value = value[0] if len(value) == 1 else ", ".join(map(plain, value))
     return value if numeric([value]) else plain(value)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ptq.records import LATER
+
 
 @dataclass
 class Record:
@@ -63,7 +65,21 @@ def read_records(dirs: Iterable[Path]) -> tuple[list[Record], list[str]]:
             problems.append(f"{path}: not a record: an object with the key 'status' is expected")
             continue
         records.append(Record(path, content, written))
+    _fill_later(records)
     return records, problems
+
+
+def _fill_later(records: list[Record]) -> None:
+    """Give records the keys that came after them, where other records of the same class have them, with the
+    value that all jobs had before: such jobs are alike.
+    """
+    for name, value in LATER.items():
+        *section, key = name.split(".")
+        nodes = [dict_at(record.config, section[0]) if section else record.config for record in records]
+        known = {node.get("_target_") for node in nodes if key in node}
+        for node in nodes:
+            if node and key not in node and node.get("_target_") in known:
+                node[key] = value
 
 
 def flatten(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

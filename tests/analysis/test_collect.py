@@ -120,3 +120,17 @@ def test_a_record_may_lack_every_optional_key(tmp_path: Path) -> None:
 def test_a_result_that_is_not_finite_is_told(tmp_path: Path) -> None:
     write(tmp_path, json.loads(json.dumps(record(result=float("nan")))))
     assert "top1 is nan" in collect_all([tmp_path]).problems[0]
+
+
+def test_a_record_from_before_a_key_is_like_those_with_the_value_of_then(tmp_path: Path) -> None:
+    """No label tells them apart; another value does, and a class that never had the key goes without."""
+    engine = {"_target_": "ptq.methods.gradient_ptq.GradientPTQ"}
+    write(tmp_path / "old", record(method_config=engine, bits=2))
+    write(tmp_path / "new", record(method_config={**engine, "fisher_rank": 15}, bits=3))
+    write(tmp_path / "other", record(method="gptq", method_config={"_target_": "ptq.methods.gptq.GPTQ"}))
+    found = collect_all([tmp_path])
+    assert set(found.frame["method"]) == {"comq", "gptq"}
+    ranks = {r.config["choices"]["method"]: r.config["method"].get("fisher_rank") for r in found.records}
+    assert ranks == {"comq": 15, "gptq": None}
+    write(tmp_path / "changed", record(method_config={**engine, "fisher_rank": 4}, bits=2))
+    assert len(set(collect_all([tmp_path]).frame["method"])) == 3
