@@ -79,8 +79,9 @@ def pareto_front(block: pd.DataFrame, cost: str, higher_is_better: bool) -> list
 def draw_curves(points: pd.DataFrame, labels: Sequence[str] = ()) -> Figure:
     """A panel per model: x the exact stored bits per coefficient, y the result, one line per method.
 
-    Up to three panels stand above each other in one column of a page; more than eight in three. `labels` are
-    those of a larger set of figures that share their marks.
+    Up to three panels stand above each other in one column of a page; more than eight in three, too narrow
+    for labels at the lines and for a note beside each title. `labels` are those of a larger set of figures
+    that share their marks.
     """
     blocks = split_by_model(points)
     count = len(blocks)
@@ -88,11 +89,13 @@ def draw_curves(points: pd.DataFrame, labels: Sequence[str] = ()) -> Figure:
     with mpl.rc_context(fname=STYLE):
         drawn = sorted(set(points["line"]), key=method_order)
         labels = labels or drawn
-        direct = labelled_directly(drawn)
+        direct = labelled_directly(drawn) and columns < 3
         entries = [] if direct else handles(drawn, labels, with_pareto=True)
-        figure, axes = panels(count, columns, wide(columns), HEIGHT, entries)
+        notes = {seeds_note(block["n"]) for _, block in blocks}
+        common = notes.pop() if columns == 3 and len(notes) == 1 else ""
+        figure, axes = panels(count, columns, wide(columns), HEIGHT, entries, common)
         for position, (axis, (title, block)) in enumerate(zip(axes, blocks, strict=True)):
-            _draw_panel(axis, title, block, labels)
+            _draw_panel(axis, title, block, labels, note=not common)
             if is_bottom(position, count, columns):
                 axis.set_xlabel("stored bits per coefficient")
         for axis, (_, block) in zip(axes, blocks, strict=True):
@@ -110,7 +113,7 @@ def draw_curves(points: pd.DataFrame, labels: Sequence[str] = ()) -> Figure:
     return figure
 
 
-def _draw_panel(axis: Axes, title: str, block: pd.DataFrame, labels: Sequence[str]) -> None:
+def _draw_panel(axis: Axes, title: str, block: pd.DataFrame, labels: Sequence[str], *, note: bool) -> None:
     metric = block_metric(block)
     assert metric is not None
     front = block[block["pareto"]].sort_values("bits_per_coefficient")
@@ -135,8 +138,9 @@ def _draw_panel(axis: Axes, title: str, block: pd.DataFrame, labels: Sequence[st
     axis.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 2.5, 5, 10]))
     axis.set_ylabel(f"{metric.title}, {metric.direction}{scale}")
     axis.set_title(title, loc="left")
-    note = seeds_note(block["n"])
-    axis.set_title(note, loc="right", fontsize=mpl.rcParams["xtick.labelsize"], color=NOTE_COLOUR)
+    if note:
+        size = mpl.rcParams["xtick.labelsize"]
+        axis.set_title(seeds_note(block["n"]), loc="right", fontsize=size, color=NOTE_COLOUR)
 
 
 def _starts(block: pd.DataFrame) -> dict[str, tuple[float, float]]:

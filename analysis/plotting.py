@@ -132,9 +132,10 @@ def handles(
 
 
 def panels(
-    count: int, columns: int, width: float, height: float, entries: Sequence[Line2D] = ()
+    count: int, columns: int, width: float, height: float, entries: Sequence[Line2D] = (), note: str = ""
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` axes, `columns` side by side, each `width` × `height` inches, and its legend.
+    """A figure of `count` axes, `columns` side by side, each `width` × `height` inches, and its legend under
+    `note`.
 
     The legend stands in the place that the last row leaves free if it fits there, else below all panels.
     """
@@ -148,10 +149,13 @@ def panels(
     if inside and entries:
         corner = figure.add_subplot(rows, columns, rows * columns)
         corner.axis("off")
-        corner.legend(handles=list(entries), loc="center", ncols=within)
+        corner.legend(handles=list(entries), loc="center", ncols=within, title=note or None)
     elif entries:
         figure.legend(
-            handles=list(entries), loc="outside lower center", ncols=_columns(labels, width * columns)
+            handles=list(entries),
+            loc="outside lower center",
+            ncols=_columns(labels, width * columns),
+            title=note or None,
         )
     return figure, axes
 

@@ -53,6 +53,17 @@ def test_each_panel_has_its_lines_and_plain_ticks(tmp_path: Path) -> None:
     assert low < 10 < 98.5 < high
 
 
+def test_many_panels_have_one_legend_and_say_their_seeds_once(tmp_path: Path) -> None:
+    many = [record(f"model{k}", bits=b, result=90.0 + b) for k in range(9) for b in (4, 2)]
+    figure = draw_curves(curve_points(cells(tmp_path, *many)))
+    assert not any(axis.get_title("right") for axis in figure.axes)
+    assert not any(axis.texts and axis.texts[0].get_text() == "comq" for axis in figure.axes)
+    (legend,) = figure.legends
+    assert legend.get_title().get_text() == "n = 1 seed"
+    few = draw_curves(curve_points(cells(tmp_path / "few", *many[:4])))
+    assert {axis.get_title("right") for axis in few.axes} == {"n = 1 seed"}
+
+
 def test_the_front_is_what_nothing_beats(tmp_path: Path) -> None:
     found = cells(
         tmp_path,
