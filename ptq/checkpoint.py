@@ -2,8 +2,8 @@
 outputs.
 
 `quantized.safetensors` holds what each layer is, packed codes and grid parameters (packed_file.py), so its
-size is bits_per_coefficient × weights / 8 and some twenty bytes a tensor; `float.safetensors` holds all other
-tensors; `model.json` says how to build the model, and holds checksums of the others and of itself.
+size is bits_per_coefficient × weights / 8 and some fifteen bytes a tensor; `float.safetensors` holds all
+other tensors; `model.json` says how to build the model, and holds checksums of the others and of itself.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ptq.layers import QuantizedLayer, names_of, replace_module
 from ptq.models.adapter import load_state_strictly
 from ptq.preparation import FoldedNorm, fold
 
-FORMAT = 3
+FORMAT = 4
 QUANTIZED, FLOAT = "quantized.safetensors", "float.safetensors"
 
 

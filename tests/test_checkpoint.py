@@ -136,13 +136,15 @@ def test_a_file_whose_directory_disagrees_is_refused(mixed, tmp_path) -> None:
     quantized, _ = ptq.quantize_model(mixed, [X], "rtn", bits=4)
     path = ptq.save(quantized, tmp_path / "model") / "quantized.safetensors"
     facts, packed = packed_file.read(path)
+    whole = load_file(path)["layers"]
     for name, harmed in (
-        ("data", {"data": torch.zeros(7, dtype=torch.uint8)}),
-        ("directory", {"directory": torch.zeros(9, dtype=torch.uint8)}),
-        ("missing", {"data": None}),
+        ("short", {"layers": whole[:-7].clone()}),
+        ("long", {"layers": torch.cat([whole, whole[-7:]])}),
+        ("directory", {"layers": torch.cat([whole[:4], torch.zeros_like(whole[4:])])}),
+        ("length", {"layers": torch.cat([torch.full((4,), 255, dtype=torch.uint8), whole[4:]])}),
+        ("missing", {"other": whole}),
     ):
-        content = {**load_file(path), **harmed}
-        save_file({k: t for k, t in content.items() if t is not None}, tmp_path / name)
+        save_file(harmed, tmp_path / name)
         with pytest.raises(ptq.InputError, match=f"{name} is damaged.*save the model again"):
             packed_file.read(tmp_path / name)
     packed_file.write(tmp_path / "again", facts, packed)
