@@ -101,9 +101,8 @@ def draw_curves(points: pd.DataFrame, labels: Sequence[str] = ()) -> Figure:
         for axis, (_, block) in zip(axes, blocks, strict=True):
             if direct:
                 label_lines(figure, axis, _starts(block), labels)
-                first = math.floor(
-                    block["bits_per_coefficient"].min()
-                )  # no ticks in the room that labels stand in
+                # no ticks in the room that labels stand in; a rate of 1 is met within 0.01
+                first = math.floor(block["bits_per_coefficient"].min() + 0.01)
                 low, high = axis.get_xlim()
                 ticks = [tick for tick in axis.get_xticks() if max(first, low) <= tick <= high]
                 axis.xaxis.set_major_locator(FixedLocator(ticks))
