@@ -39,6 +39,7 @@ PRIOR_WEIGHT = 24.0  # codes that the starting model counts for
 TAIL = 0.06  # share of the wider tail in the starting model
 PADDING = 8  # bytes of ones that a stream ends in without their being written
 SHORT = 2**13  # bytes of a stream whose end is worth a search
+CHOICE_CODES = 2**16  # that a layout is chosen on
 FINE = 6.0  # a class keeps its codes whole up to this scale; beyond, low bits are coded as they are
 
 
@@ -62,18 +63,36 @@ class Layout:
 
 def encode(codes: Ints, extras: list[Ints]) -> bytes:
     """A short stream of codes [rows, columns] and of further lists of integers: the best of several layouts,
-    one choice after the other.
+    one choice after the other; of many codes, the layout that is best for some of the rows.
     """
-    best = min((_encode(codes, extras, Layout(r, c, 1, 0, 0)) for r in (0, 1) for c in (0, 1)), key=len)
+    step = max(1, codes.size // CHOICE_CODES)
+    part = codes[::step]
+    streams: dict[Layout, bytes] = {}
+
+    def length(layout: Layout) -> float:
+        if layout not in streams:
+            streams[layout] = _encode(part, extras, layout)
+        size = len(streams[layout])
+        return size if step == 1 else step * size - (step - 1) * _column_bytes(part, layout)
+
+    best = min((Layout(r, c, 1, 0, 0) for r in (0, 1) for c in (0, 1)), key=length)
     changes: list[list[dict[str, int]]] = [[{"skewed": 1}]]
-    if best[0] & 3:
+    if best.rows or best.columns:
         changes.append([{"coarse": 0}, {"coarse": 2}])
-    if np.count_nonzero(codes) < 0.9 * codes.size and np.abs(codes).max() > FINE:
+    if np.count_nonzero(part) < 0.9 * part.size and np.abs(part).max() > FINE:
         changes.append([{"sparse": 1}])
     for options in changes:
-        layout = Layout.of(best[0])
-        best = min([best, *(_encode(codes, extras, replace(layout, **o)) for o in options)], key=len)
-    return _trimmed(best, codes, extras)
+        best = min([best, *(replace(best, **o) for o in options)], key=length)
+    return _trimmed(streams[best] if step == 1 else _encode(codes, extras, best), codes, extras)
+
+
+def _column_bytes(codes: Ints, layout: Layout) -> int:
+    """What the levels of columns take, which is the same for few rows and for many."""
+    if not layout.columns:
+        return 0
+    writer = _Writer(layout)
+    writer.side(_levels(codes, layout)[1])
+    return 4 * len(writer.encoder.get_compressed())
 
 
 def _trimmed(stream: bytes, codes: Ints, extras: list[Ints]) -> bytes:
