@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -23,6 +23,8 @@ Trial = Callable[[float], tuple[Tensor, Grid]]  # codes and grid for the bits th
 @runtime_checkable
 class PreparedMethod(Protocol):
     """A method that does once for a layer what does not change from trial to trial."""
+
+    rate_slope: ClassVar[float]  # bits stored by each more that is asked, as far as known beforehand
 
     def prepared(self, problem: LayerProblem, grid: GridSpec, bits: float, group_size: int | None) -> Trial:
         """The trials for a target of `bits`."""
@@ -39,8 +41,9 @@ def quantize_to_rate(
     if not isinstance(spec, RatedGridSpec):
         return method.quantize_layer(problem, spec, bits, group_size)
     if isinstance(method, PreparedMethod):
-        trial = method.prepared(problem, spec, bits, group_size)
+        trial, slope = method.prepared(problem, spec, bits, group_size), method.rate_slope
     else:
+        slope = 1.0
         trial = partial(_run, method, problem, spec, group_size)
     best, best_miss = None, float("inf")
     trials: list[tuple[float, float]] = []  # (asked, stored)
@@ -53,7 +56,7 @@ def quantize_to_rate(
             best, best_miss = (codes, grid), abs(stored - bits)
         if best_miss <= spec.tolerance:
             break
-        asked = min(_next(trials, bits), spec.most_bits)
+        asked = min(_next(trials, bits, slope), spec.most_bits)
     assert best is not None
     return best
 
@@ -64,9 +67,9 @@ def _run(
     return method.quantize_layer(problem, spec, asked, group_size)
 
 
-def _next(trials: list[tuple[float, float]], bits: float) -> float:
+def _next(trials: list[tuple[float, float]], bits: float, slope: float) -> float:
     """The next rate to ask for: on the line through the nearest trials on both sides of the target, or
-    through the last two.
+    through the last two; after one, on the line of this slope.
     """
     below = max((t for t in trials if t[1] <= bits), default=None)
     above = min((t for t in trials if t[1] > bits), default=None)
@@ -76,7 +79,6 @@ def _next(trials: list[tuple[float, float]], bits: float) -> float:
         share = 0.5 if len(trials) % 4 == 0 else min(max(share, 0.05), 0.95)
         return below[0] + share * (above[0] - below[0])
     asked, stored = trials[-1]
-    slope = 1.0
     if len(trials) > 1 and trials[-2][0] != asked:
         slope = min(max((stored - trials[-2][1]) / (asked - trials[-2][0]), 0.2), 2.0)
     return min(max(asked + (bits - stored) / slope, asked / 3), 2 * asked + 1)

@@ -43,6 +43,7 @@ class WaterSIC:
     refit: bool  # least squares for the layer's step once the codes are there
 
     needs_gram: ClassVar[bool] = True
+    rate_slope: ClassVar[float] = 0.92  # measured from 1 to 3 bits: the ridge of the target stays in trials
 
     def __post_init__(self) -> None:
         if min(self.damping, self.ridge, self.rate_weight) < 0 or self.sweeps < 0:

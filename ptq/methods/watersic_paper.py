@@ -45,6 +45,7 @@ class PublishedWaterSIC:
     most_rounds: int
 
     needs_gram: ClassVar[bool] = True
+    rate_slope: ClassVar[float] = 1.0
 
     def __post_init__(self) -> None:
         if min(self.damping, self.dead_fraction, self.tolerance) < 0 or self.most_rounds < 0:
