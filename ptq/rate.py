@@ -29,6 +29,9 @@ class PreparedMethod(Protocol):
     def prepared(self, problem: LayerProblem, grid: GridSpec, bits: float, group_size: int | None) -> Trial:
         """The trials for a target of `bits`."""
 
+    def finished(self, problem: LayerProblem, codes: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+        """The trial that is kept, with what its rate does not need."""
+
 
 def quantize_to_rate(
     method: LayerMethod, problem: LayerProblem, spec: GridSpec, bits: float, group_size: int | None
@@ -58,7 +61,7 @@ def quantize_to_rate(
             break
         asked = min(_next(trials, bits, slope), spec.most_bits)
     assert best is not None
-    return best
+    return method.finished(problem, *best) if isinstance(method, PreparedMethod) else best
 
 
 def _run(

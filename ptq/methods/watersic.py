@@ -25,7 +25,7 @@ from ptq.grids.grid import Grid
 from ptq.methods.method import GridSpec
 from ptq.problem import LayerProblem
 from ptq.rate import Trial
-from ptq.solvers.error_feedback import Feedback, error_feedback, prepare
+from ptq.solvers.error_feedback import Feedback, error_feedback, output_weight, prepare
 from ptq.solvers.rate_descent import rate_descent
 
 SLOPE = 0.1155  # 2 ln 2 / 12: error that a bit less costs at high rate, in units of c²
@@ -63,23 +63,26 @@ class WaterSIC:
     def quantize_layer(
         self, problem: LayerProblem, grid: GridSpec, bits: float, group_size: int | None
     ) -> tuple[Tensor, Grid]:
-        return self.prepared(problem, grid, bits, group_size)(bits)
+        return self.finished(problem, *self.prepared(problem, grid, bits, group_size)(bits))
 
     def prepared(self, problem: LayerProblem, grid: GridSpec, bits: float, group_size: int | None) -> Trial:
         """Trials around `bits`: the ridge is the one of that target, H is factorised here."""
         self.check_grid(grid)
         assert isinstance(grid, Entropy)
         target = problem
-        feedback = prepare(problem, damping=self.damping, act_order=self.act_order)
         if self.ridge > 0:
-            fitted = grid.fit_steps(problem.T, bits, group_size, problem.H, feedback.weight())
-            target = ridged(problem, self.ridge * float(cell(fitted, feedback)) / 12, self.damping)
-            feedback = prepare(target, damping=self.damping, act_order=self.act_order)
-        return partial(self._trial, problem, target, grid, group_size, feedback)
+            weight = output_weight(problem, damping=self.damping, act_order=self.act_order)
+            fitted = grid.fit_steps(problem.T, bits, group_size, problem.H, weight)
+            target = ridged(problem, self.ridge * float(cell(fitted, weight)) / 12, self.damping)
+        feedback = prepare(target, damping=self.damping, act_order=self.act_order)
+        return partial(self._trial, target, grid, group_size, feedback)
+
+    def finished(self, problem: LayerProblem, codes: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+        """The codes with the layer's step refitted to them."""
+        return codes, grid.refit(codes, problem.T, problem.H) if self.refit else grid
 
     def _trial(
         self,
-        problem: LayerProblem,
         target: LayerProblem,
         grid: Entropy,
         group_size: int | None,
@@ -87,20 +90,22 @@ class WaterSIC:
         bits: float,
     ) -> tuple[Tensor, Grid]:
         # the grid's steps are those of this error feedback
-        fitted = grid.fit_steps(target.T, bits, group_size, target.H, feedback.weight())
+        weight = feedback.weight()
+        fitted = grid.fit_steps(target.T, bits, group_size, target.H, weight)
         codes, _ = error_feedback(target, fitted, feedback)
         if self.sweeps:
-            weight = self.rate_weight * SLOPE * float(cell(fitted, feedback))
-            codes = rate_descent(target, fitted, codes, weight=weight, sweeps=self.sweeps)
-        return codes, fitted.refit(codes, problem.T, problem.H) if self.refit else fitted
+            worth = self.rate_weight * SLOPE * float(cell(fitted, weight))
+            codes = rate_descent(target, fitted, codes, weight=worth, sweeps=self.sweeps)
+        return codes, fitted
 
 
-def cell(grid: EntropyGrid, feedback: Feedback) -> Tensor:
-    """c²: mean square of the cells' width in the output, step_i / U_ii; a scalar."""
-    steps = grid.columns().gather(-1, feedback.visit) * grid.step.double()
-    alive = ~grid.dead.gather(-1, feedback.visit)
-    widths = steps / feedback.U.diagonal(dim1=-2, dim2=-1).double()  # [groups, in]
-    return widths.square()[alive].mean() if bool(alive.any()) else widths.new_zeros(())
+def cell(grid: EntropyGrid, weight: Tensor) -> Tensor:
+    """c²: mean square of the cells' width in the output; a scalar. `weight` [groups, in] is what a squared
+    distance of each input counts there (`Feedback.weight`).
+    """
+    squares = (grid.columns() * grid.step.double()).square() * weight.double()
+    alive = ~grid.dead
+    return squares[alive].mean() if bool(alive.any()) else squares.new_zeros(())
 
 
 def ridged(problem: LayerProblem, variance: float, damping: float) -> LayerProblem:

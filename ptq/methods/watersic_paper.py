@@ -86,6 +86,10 @@ class PublishedWaterSIC:
             self._trial, problem, alive, grid, dead, Feedback(visit=visit, U=U.to(problem.T.dtype))
         )
 
+    def finished(self, problem: LayerProblem, codes: Tensor, grid: Grid) -> tuple[Tensor, Grid]:
+        """As it is: factors of rows and columns take part in the rate."""
+        return codes, grid
+
     def _trial(
         self,
         problem: LayerProblem,
@@ -98,7 +102,7 @@ class PublishedWaterSIC:
         fitted = spec.fit_steps(alive.T, bits, None, alive.H, feedback.weight())
         fitted = replace(fitted, dead=dead | fitted.dead)
         # the steps of the paper, not rounded to parts of an octave: c / l_i
-        steps = cell(fitted, feedback).sqrt() * feedback.weight().double().rsqrt()  # [groups, in]
+        steps = cell(fitted, feedback.weight()).sqrt() * feedback.weight().double().rsqrt()  # [groups, in]
         uniform = replace(fitted, octaves=torch.zeros_like(fitted.octaves))
         relative = (steps / float(uniform.step)).to(alive.T.dtype)[:, None]
         grid = ColumnScaled(inner=uniform, scale=relative, scale_bits=FACTOR_BITS)

@@ -59,6 +59,25 @@ def prepare(problem: LayerProblem, *, damping: float, act_order: bool, condition
     return Feedback(visit=visit, U=U.to(problem.T.dtype))
 
 
+def output_weight(problem: LayerProblem, *, damping: float, act_order: bool) -> Tensor:
+    """`Feedback.weight` of `prepare`, [groups, in] float64, by one factorisation of H: with the inputs in
+    reversed order its Cholesky factor has 1 / U_jj on the diagonal.
+    """
+    H = problem.H.double()
+    diagonal = H.diagonal(dim1=-2, dim2=-1)
+    visit = torch.arange(H.shape[-1], device=H.device).expand(H.shape[0], -1)
+    if act_order:
+        visit = diagonal.argsort(dim=-1, descending=True, stable=True)
+    mean = diagonal.mean(-1, keepdim=True)
+    own = torch.where(mean > 0, damping * mean, torch.ones_like(mean)) + (diagonal <= 0)
+    backwards = visit.flip(-1)
+    L, failed = torch.linalg.cholesky_ex(_visited(H + torch.diag_embed(own), backwards))
+    if failed.any():
+        return prepare(problem, damping=damping, act_order=act_order).weight().double()
+    weight = L.diagonal(dim1=-2, dim2=-1).square()
+    return torch.empty_like(weight).scatter_(-1, backwards, weight)
+
+
 def _visited(H: Tensor, visit: Tensor) -> Tensor:
     """Rows and columns of H [groups, in, in] in the order of visit [groups, in]."""
     return H.gather(1, visit[:, :, None].expand_as(H)).gather(2, visit[:, None, :].expand_as(H))

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from ptq.errors import InputError
 from ptq.problem import LayerProblem
 from ptq.solvers.coordinate_descent import Order, coordinate_descent
-from ptq.solvers.error_feedback import error_feedback, prepare
+from ptq.solvers.error_feedback import error_feedback, output_weight, prepare
 from ptq.solvers.nearest import nearest
 from tests.conftest import random_problem
 
@@ -157,3 +157,15 @@ def test_a_gram_that_is_not_positive_definite_is_said(choice) -> None:
     with pytest.raises(InputError, match=r"flat.*damping=0"):
         prepare(problem, damping=0.0, act_order=False)
     prepare(problem, damping=0.01, act_order=False)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_the_weight_of_inputs_by_one_factorisation(act_order: bool) -> None:
+    """Two groups, a dead input; and the way out where H is not positive definite."""
+    problem = random_problem(5, 12, groups=2)
+    problem.H[0, 3], problem.H[0, :, 3] = 0, 0
+    wanted = prepare(problem, damping=0.01, act_order=act_order).weight()
+    assert_close(output_weight(problem, damping=0.01, act_order=act_order), wanted, rtol=1e-9, atol=0)
+    problem.H[1] -= 0.02 * problem.H[1].diagonal().mean() * torch.eye(12, dtype=torch.float64)
+    wanted = prepare(problem, damping=1e-5, act_order=act_order).weight()
+    assert_close(output_weight(problem, damping=1e-5, act_order=act_order), wanted, rtol=1e-9, atol=0)
