@@ -28,7 +28,7 @@ from ptq.grids.affine import normal_equations
 from ptq.grids.grid import check_group_size
 from ptq.grids.scaled import RowScaled
 from ptq.problem import LayerProblem
-from ptq.solvers.error_feedback import prepare
+from ptq.solvers.error_feedback import output_weight
 from ptq.storage import pack_parameter, unpack_parameter
 
 SAMPLE = 2**16  # weights that the first step is estimated from
@@ -155,7 +155,7 @@ class Entropy:
             return torch.zeros(groups, units, dtype=torch.int64, device=W.device)
         if weight is None:
             problem = LayerProblem("the grid's layer", W, H)
-            weight = prepare(problem, damping=self.damping, act_order=self.act_order).weight()
+            weight = output_weight(problem, damping=self.damping, act_order=self.act_order)
         logarithm = -0.5 * weight.double().log2()
         logarithm = torch.nn.functional.pad(logarithm, (0, units * size - in_features), value=math.nan)
         return self._rounded(logarithm.reshape(groups, units, size).nanmean(-1))

@@ -279,7 +279,7 @@ class _Undecidedness(torch.autograd.Function):
         return away.sum()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]  # one output
         (slope,) = ctx.saved_tensors
         return slope * gradient, None, None
 
