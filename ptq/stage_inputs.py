@@ -1,6 +1,8 @@
 """What arrives at the layers of a stage: quantizers calibrated on it, then the statistics of what they give.
 
-Two passes over the calibration batches, the first only where inputs are quantized. With target=layer a layer
+Two passes over the calibration batches, the first only where inputs are quantized; what a later pass would
+compute again is kept where it fits in KEPT_BYTES: the inputs of a stage from its first pass to its second, those
+of all stages of a unit in the float network, which does not change between them. With target=layer a layer
 shall reproduce W x̂ of its own rounded input x̂ (bias correction restores the mean of W x); with
 target=float_path, W x of the float network's input x.
 """
@@ -9,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,6 +24,40 @@ from ptq.errors import InputError
 from ptq.models.adapter import ModelAdapter
 from ptq.observers import Activations, InputObserver
 from ptq.plan import Call, Unit, hooks, map_tensors
+
+KEPT_BYTES = 1 << 30
+
+
+class KeptInputs:
+    """Inputs of layers, by role, layer and batch, until they are asked for or their unit is done."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, str, int], list[Tensor]] = {}
+        self._bytes = 0
+        self.full = False  # something did not fit
+
+    def clear(self) -> None:
+        self._held.clear()
+        self._bytes, self.full = 0, False
+
+    def keep(self, role: str, index: int, received: dict[str, list[Tensor]]) -> None:
+        """Keep what layers received for batch `index`, all of it or nothing."""
+        new = {(role, name, index): tensors for name, tensors in received.items()}
+        new = {key: tensors for key, tensors in new.items() if key not in self._held}
+        size = sum(t.nbytes for tensors in new.values() for t in tensors)
+        if self._bytes + size > KEPT_BYTES:
+            self.full = True
+            return
+        self._bytes += size
+        self._held.update(new)
+
+    def take(self, role: str, index: int, names: set[str]) -> dict[str, list[Tensor]] | None:
+        """What the layers received for batch `index`, which is then forgotten; None unless all is there."""
+        if any((role, name, index) not in self._held for name in names):
+            return None
+        found = {name: self._held.pop((role, name, index)) for name in names}
+        self._bytes -= sum(t.nbytes for tensors in found.values() for t in tensors)
+        return found
 
 
 @dataclass(kw_only=True)
@@ -38,6 +74,13 @@ class StageInputs:
     redraw: Callable[[int], list[Any]] | None
     device: torch.device
     seed: int
+    kept: KeptInputs = field(default_factory=KeptInputs)
+    following: list[list[str]] = field(default_factory=list)  # the unit's stages that are still to come
+
+    def enter(self, stages: list[list[str]]) -> None:
+        """Begin with a unit, whose stages will be asked for in this order."""
+        self.kept.clear()
+        self.following = list(stages)
 
     def quantizers(
         self, unit: Unit, stage: list[str], inputs: dict[str, list[Call]]
@@ -72,6 +115,7 @@ class StageInputs:
         """
         calibration = self.calibration
         assert isinstance(calibration, Calibration)
+        self.following = self.following[1:]
         leaders = {name: self._leader(unit, name, stage) for name in stage}
         accumulators = {
             name: GramAccumulator(
@@ -112,7 +156,10 @@ class StageInputs:
             float_inputs: dict[str, list[Tensor]] = {}
             if paired and calibration.target is Target.float_path:
                 float_inputs = self._layer_inputs("teacher", unit, wanted, inputs, index)
-            for name, tensors in self._layer_inputs(role, unit, wanted, inputs, index).items():
+            received = self._layer_inputs(role, unit, wanted, inputs, index)
+            if not paired and not self.kept.full:
+                self.kept.keep(role, index, received)
+            for name, tensors in received.items():
                 pairs = float_inputs[name] if float_inputs else [None] * len(tensors)
                 for x, x_float in zip(tensors, pairs, strict=True):
                     yield name, x, x_float
@@ -143,10 +190,21 @@ class StageInputs:
         self, role: str, unit: Unit, names: set[str], inputs: dict[str, list[Call]], index: int
     ) -> dict[str, list[Tensor]]:
         """Inputs that the named layers receive for batch `index` in the float or the quantized network."""
+        found = self.kept.take(role, index, names)
+        if found is not None:
+            return found
         module = self.teacher if role == "teacher" else self.adapter.module
         assert module is not None
         call = inputs[role][index] if unit.replayable and role in inputs else None
-        return layer_inputs(self.adapter, module, unit, names, self.batches[index], call, self.device)
+        later: set[str] = set()
+        if role == "teacher" and not self.kept.full:
+            later = {self._leader(unit, n, stage) for stage in self.following for n in stage} - names
+        received = layer_inputs(
+            self.adapter, module, unit, names | later, self.batches[index], call, self.device
+        )
+        if later:
+            self.kept.keep(role, index, {name: received[name] for name in later})
+        return {name: received[name] for name in names}
 
 
 @contextmanager

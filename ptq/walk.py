@@ -217,6 +217,7 @@ class Walk:
                     if k < saved.done and self.wants.blocks:
                         self.budget.grow(layer.name, layer.grown_bits)
             if k >= saved.done and not restored:
+                self.stage_inputs.enter(stages)
                 for stage in stages:
                     self._quantize_stage(unit, stage, inputs, bar)
                 saved.keep(k, done=original is None)

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import ptq
+from ptq import stage_inputs
 from ptq.activations import ActivationQuantizer
 from ptq.calibration import GramAccumulator
+from ptq.capture import layer_inputs
 from ptq.config import choices
 from ptq.errors import InputError
 from ptq.layers import QuantizedLayer, input_matrix
@@ -50,18 +52,20 @@ def quantizers(module: nn.Module) -> dict[str, ActivationQuantizer | None]:
     return {n: m.input_quantizer for n, m in module.named_modules() if isinstance(m, QuantizedLayer)}
 
 
-@pytest.mark.parametrize("case", ["float", "quantized", "float_path", "not sequential"])
+CASES: dict[str, dict[str, Any]] = {
+    "float": {"inputs": "float"},
+    "quantized": {},
+    "float_path": {"target": "float_path"},
+    "not sequential": {"sequential": False},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_statistics_are_those_of_quantized_inputs(toy, choice, case: str) -> None:
     module, batches = toy
-    overrides: dict[str, Any] = {
-        "float": {"inputs": "float"},
-        "quantized": {},
-        "float_path": {"target": "float_path"},
-        "not sequential": {"sequential": False},
-    }[case]
     recorder = Recorder()
     quantized, _ = ptq.quantize_model(
-        module, batches, recorder, bits="w2a4", settings=choice("calibration", "default", **overrides)
+        module, batches, recorder, bits="w2a4", settings=choice("calibration", "default", **CASES[case])
     )
     for name in ("stem", "blocks.0.q", "blocks.1.k", "head"):
         source = module if case == "float" else quantized
@@ -81,6 +85,40 @@ def test_statistics_are_those_of_quantized_inputs(toy, choice, case: str) -> Non
         )
         problem = recorder.problems[name]
         assert torch.equal(problem.T, problem.W) == (case != "float_path")
+
+
+@pytest.mark.parametrize(
+    ("case", "without", "kept"),
+    [("quantized", 4, 2), ("float", 2, 1), ("float_path", 6, 3), ("not sequential", 2, 1)],
+)
+def test_kept_inputs_save_passes_and_change_nothing(
+    toy, choice, monkeypatch, case: str, without: int, kept: int
+) -> None:
+    """Passes over a block of two stages: for the quantizers, for the statistics, and through the float network."""
+    module, batches = toy
+    settings = choice("calibration", "default", **CASES[case])
+    passes: list[str] = []
+
+    def counted(adapter, module, unit, *rest):
+        passes.append(unit.name)
+        return layer_inputs(adapter, module, unit, *rest)
+
+    monkeypatch.setattr(stage_inputs, "layer_inputs", counted)
+    found = []
+    for size in (stage_inputs.KEPT_BYTES, 2500, 0):  # all, some batches, nothing
+        monkeypatch.setattr(stage_inputs, "KEPT_BYTES", size)
+        passes.clear()
+        recorder = Recorder()
+        ptq.quantize_model(module, batches, recorder, "affine", "w4a8", settings=settings)
+        found.append((recorder.problems, passes.count("blocks.0") // len(batches)))
+    for problems, _ in found:
+        assert problems.keys() == found[-1][0].keys()
+        for name, problem in problems.items():
+            assert torch.equal(problem.H, found[-1][0][name].H)
+            assert torch.equal(problem.T, found[-1][0][name].T)
+    assert found[-1][1] == without
+    assert found[0][1] == kept
+    assert kept <= found[1][1] <= without
 
 
 @pytest.mark.parametrize("name", [n for n in choices("activations") if n != "per_position"])
