@@ -94,7 +94,7 @@ def test_statistics_are_those_of_quantized_inputs(toy, choice, case: str) -> Non
 def test_kept_inputs_save_passes_and_change_nothing(
     toy, choice, monkeypatch, case: str, without: int, kept: int
 ) -> None:
-    """Passes over a block of two stages: for the quantizers, for the statistics, and through the float network."""
+    """Passes over a block of two stages: for quantizers, for statistics, and through the float network."""
     module, batches = toy
     settings = choice("calibration", "default", **CASES[case])
     passes: list[str] = []
