@@ -41,6 +41,16 @@ class SharedScales(nn.Module):
         return torch.exp2(log_step.detach() if tensor in self.fixed_steps else log_step)
 
 
+def taps_of(W: Tensor, inputs: Tensor) -> int:
+    """Columns of W [groups, out, in] for each of its input channels."""
+    return W.shape[0] * W.shape[2] // len(inputs)
+
+
+def reads_one_channel(W: Tensor, inputs: Tensor) -> bool:
+    """Whether W has rows [groups, out] that read one input channel each, and more than one."""
+    return W.shape[2] == taps_of(W, inputs) and W.shape[0] * W.shape[1] > 1
+
+
 class RescaledLayer(nn.Module):
     """Stands in for a Linear or Conv2d while its weights, bias and scales are trained."""
 
@@ -67,14 +77,14 @@ class RescaledLayer(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach().float().clone(), requires_grad=False)
         self.log_right = nn.Parameter(right.abs().log2(), requires_grad=False)
         self.register_buffer("sign", right.sign(), persistent=False)
-        groups, rows, size = self.weight.shape
-        taps = groups * size // len(channels.inputs)
+        groups, rows, _ = self.weight.shape
+        taps = taps_of(weight, channels.inputs)
         columns = channels.inputs.reshape(groups, 1, -1).repeat_interleave(taps, -1)
         self.register_buffer("columns", columns, persistent=False)  # [groups, 1, in]
         self.register_buffer("inputs", channels.inputs, persistent=False)  # [in channels]
         self.register_buffer("outputs", channels.outputs.reshape(groups, rows, 1), persistent=False)
         # one input and one right factor a row: units would be a second name for the latter
-        self.apart = size == taps and right.numel() > 1
+        self.apart = reads_one_channel(weight, channels.inputs) and right.numel() > 1
         self.bits, self.code_min, self.code_max = bits, code_min, code_max
         self.signed = quantizer is not None and quantizer.signed
         self.activation_bits = None if quantizer is None else quantizer.bits

@@ -1,8 +1,8 @@
 """What arrives at the layers of a stage: quantizers calibrated on it, then the statistics of what they give.
 
 Two passes over the calibration batches, the first only where inputs are quantized. What a later pass would
-compute again is kept where it fits in KEPT_BYTES: the inputs of a stage from its first pass to its second, and
-those of all stages of a unit in the float network, which does not change between them.
+compute again is kept where it fits in KEPT_BYTES: the inputs of a stage from its first pass to its second,
+and those of all stages of a unit in the float network, which does not change between them.
 
 With target=layer a layer shall reproduce W x̂ of its own rounded input x̂ (bias correction restores the mean of
 W x); with target=float_path, W x of the float network's input x.

@@ -34,7 +34,7 @@ from ptq.models.graph import REAL, ScaleGraph
 from ptq.observers import InputObserver
 from ptq.plan import hooks
 from ptq.preparation import equalizing_factors, magnitudes, rescale, spread_inputs
-from ptq.rescaled_layers import RescaledLayer, SharedScales
+from ptq.rescaled_layers import RescaledLayer, SharedScales, reads_one_channel, taps_of
 from ptq.solvers.rank_one import Kernel, alternating_projection, fit_right, largest_right
 from ptq.whole_network import NetworkProblem, NetworkSolution
 
@@ -224,7 +224,7 @@ class QFT:
             free = torch.zeros(graph.units, dtype=torch.bool, device=device)
             for name, bits in problem.bits.items():
                 W, columns = weight_matrix(layers[name]).float(), _columns(layers[name], graph, name)
-                if _depthwise(layers[name]):
+                if reads_one_channel(W, graph.layers[name].inputs):
                     continue
                 low, high = self._code_range(bits)
                 right = fit_right(W, torch.ones_like(W[:, :1]), low, high, shared=False)
@@ -258,7 +258,7 @@ class QFT:
             W = weight_matrix(layer).float()
             low, high = self._code_range(bits)
             left = torch.ones_like(W[:, :1])
-            if not (_depthwise(layer) and not self.regime.one_factor):
+            if self.regime.one_factor or not reads_one_channel(W, channels.inputs):
                 outputs = units[channels.outputs].reshape(*W.shape[:2], 1)
                 left = outputs / units[_columns(layer, graph, name)]
             shared = self.regime.one_factor
@@ -311,15 +311,11 @@ class QFT:
         return groups
 
 
-def _depthwise(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Conv2d) and layer.groups == layer.in_channels and layer.groups > 1
-
-
 def _columns(layer: nn.Module, graph: ScaleGraph, name: str) -> Tensor:
     """Unit of each column of W, [groups, 1, in]."""
     inputs = graph.layers[name].inputs
-    groups, _, size = weight_matrix(layer).shape
-    spread = inputs.reshape(groups, 1, -1).repeat_interleave(groups * size // len(inputs), -1)
+    W = weight_matrix(layer)
+    spread = inputs.reshape(len(W), 1, -1).repeat_interleave(taps_of(W, inputs), -1)
     return spread.to(weight_matrix(layer).device)
 
 

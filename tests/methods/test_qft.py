@@ -303,6 +303,21 @@ def test_a_start_is_taken_over() -> None:
     assert_close(student(batches[0]), begun(batches[0]), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("units", ["ones", "equalize", "equalize_mmse", "alternating"])
+@pytest.mark.parametrize("name", ["resnet", "depthwise"])
+def test_steps_fit_the_weights_whatever_the_units_are(name: str, units: str) -> None:
+    """Rows that read one channel (of grey images, depthwise) start near their best steps as the others do."""
+    module, batches = network(name)
+    problem = problem_of(module, batches, bits=8)
+    method = build(load_choice("method", "qft", units=units))
+    factors = method._units(problem)
+    for layer_name, layer in method._layers(problem, factors).items():
+        W = layer.weight.detach()
+        error = float((layer.quantized_weight() - W).norm() / W.norm())
+        assert error < 0.02, layer_name
+        assert layer.clipped_fraction() < 0.02
+
+
 @pytest.mark.parametrize("start", [None, "gptq"])
 def test_mixed_widths_within_the_budget(start: str | None) -> None:
     module, batches = network("resnet")
