@@ -104,6 +104,7 @@ class Entropy:
         """Grid for W [groups, out, in] at about `bits`; H [groups, in, in] shapes steps=columns."""
         self.check(bits, group_size)
         if self.rows is Rows.largest:
+            W = W.masked_fill(self._dead(W, H)[:, None], 0)
             largest = W.abs().amax(-1, keepdim=True)
             largest = torch.where(largest > 0, largest, torch.ones_like(largest))
             row_scale = unpack_parameter(*pack_parameter(largest, 16)).to(W)
@@ -122,10 +123,8 @@ class Entropy:
         """The grid without row scales. `weight` [groups, in] is what H says of each input in the error
         feedback that is to follow (`Feedback.weight`), where it is known already.
         """
-        dead = torch.zeros(W.shape[0], W.shape[-1], dtype=torch.bool, device=W.device)
-        if H is not None and self.zero_dead:
-            diagonal = H.diagonal(dim1=-2, dim2=-1)
-            dead = (diagonal <= 0) & (diagonal > 0).any()
+        dead = self._dead(W, H)
+        W = W.masked_fill(dead[:, None], 0)
         size = W.shape[-1] if self.steps is Steps.layer else group_size or 1
         grid = EntropyGrid(
             step=W.new_ones(()),
@@ -147,6 +146,13 @@ class Entropy:
         parameters = self.parameter_bits + row_scales
         return {"codes": max(0, round(bits * W.numel()) - parameters), "parameters": parameters}
 
+    def _dead(self, W: Tensor, H: Tensor | None) -> Tensor:
+        """Inputs whose weights are rounded to 0, [groups, in]: none in a layer that sees nothing but zeros."""
+        if H is None or not self.zero_dead:
+            return torch.zeros(W.shape[0], W.shape[-1], dtype=torch.bool, device=W.device)
+        diagonal = H.diagonal(dim1=-2, dim2=-1)
+        return (diagonal <= 0) & (diagonal > 0).any()
+
     def _octaves(self, W: Tensor, H: Tensor | None, size: int, weight: Tensor | None) -> Tensor:
         """k of each unit, [groups, units]: its step over the layer's is 2^(k / octave_parts)."""
         groups, in_features = W.shape[0], W.shape[-1]
@@ -156,7 +162,8 @@ class Entropy:
         if weight is None:
             problem = LayerProblem("the grid's layer", W, H)
             weight = output_weight(problem, damping=self.damping, act_order=self.act_order)
-        logarithm = -0.5 * weight.double().log2()
+        # nothing is known of the inputs that are always zero: they take no part
+        logarithm = (-0.5 * weight.double().log2()).masked_fill(H.diagonal(dim1=-2, dim2=-1) <= 0, math.nan)
         logarithm = torch.nn.functional.pad(logarithm, (0, units * size - in_features), value=math.nan)
         return self._rounded(logarithm.reshape(groups, units, size).nanmean(-1))
 
@@ -169,7 +176,8 @@ class Entropy:
         return self._rounded(torch.where(largest > 0, largest, usual).log2())
 
     def _rounded(self, logarithm: Tensor) -> Tensor:
-        octaves = ((logarithm - logarithm.median()) * self.octave_parts).round().long()
+        """Octaves around their median; 0 where the logarithm is not known (NaN)."""
+        octaves = ((logarithm - logarithm.nanmedian()) * self.octave_parts).nan_to_num(0.0).round().long()
         farthest = FARTHEST_OCTAVE * self.octave_parts
         return octaves.clamp(-farthest, farthest)
 

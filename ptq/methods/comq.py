@@ -110,9 +110,11 @@ class COMQ:
         self, problem: LayerProblem, spec: GridSpec, bits: float, group_size: int | None, weight: Tensor
     ) -> Grid:
         """The grid whose nearest values are best when a squared distance in column j counts `weight`
-        [groups, in]: what error feedback pays for it, but for the compensation of earlier columns.
+        [groups, in]: what error feedback pays for it, but for the compensation of earlier columns. An input
+        that is always zero counts nothing.
         """
-        T, metric = problem.T, torch.diag_embed(weight.double())
+        alive = problem.H.diagonal(dim1=-2, dim2=-1) > 0
+        T, metric = problem.T, torch.diag_embed(weight.double() * alive)
         fitted = spec.fit(T, bits, group_size, metric)
         best = best_error = None
         for factor in self.shrink:

@@ -111,11 +111,12 @@ def cell(grid: EntropyGrid, weight: Tensor) -> Tensor:
 def ridged(problem: LayerProblem, variance: float, damping: float) -> LayerProblem:
     """The problem with δ ‖Ŵ‖² added to its objective, δ = variance / mean T²: its T is shrunk towards zero.
 
-    Completing the square gives H + δ I and T H (H + δ I)⁻¹, the form of a float-path target.
+    Completing the square gives H + δ I and T H (H + δ I)⁻¹, the form of a float-path target. Inputs that are
+    always zero stay so.
     """
     power = float(problem.T.double().square().mean())
     if power <= 0 or variance <= 0:
         return problem
-    eye = torch.eye(problem.H.shape[-1], dtype=torch.float64, device=problem.H.device)
     H = problem.H.double()
-    return LayerProblem(problem.name, problem.T, H + variance / power * eye, H, damping)
+    alive = (H.diagonal(dim1=-2, dim2=-1) > 0).double()
+    return LayerProblem(problem.name, problem.T, H + variance / power * torch.diag_embed(alive), H, damping)

@@ -10,8 +10,10 @@ from torch import nn
 
 import ptq
 from ptq.checkpoint import quantized_bytes
+from ptq.config import build, choices, load_choice
 from ptq.errors import InputError
 from ptq.grids.entropy import EntropyGrid
+from ptq.methods.method import LayerMethod, check_pair
 from ptq.rate import quantize_to_rate
 from tests.conftest import random_problem
 
@@ -140,6 +142,35 @@ def test_dead_inputs_cost_next_to_nothing(choice) -> None:
     codes_kept, grid_kept = choice("method", "gptq").quantize_layer(dead, kept, 4, None)
     assert bool(codes_kept[..., 10:40].any())
     assert stored_rate(grid, codes) < 0.55 * stored_rate(grid_kept, codes_kept)
+
+
+def methods_for_entropy() -> list[tuple[str, str]]:
+    """Every method with every kind of steps that it takes."""
+    pairs = []
+    for method in choices("method"):
+        solver = build(load_choice("method", method), "method")
+        for name in GRIDS:
+            try:
+                check_pair(solver, build(load_choice("grid", name), "grid"))
+            except InputError:
+                continue
+            if isinstance(solver, LayerMethod):
+                pairs.append((method, name))
+    return pairs
+
+
+@pytest.mark.parametrize(("method", "name"), methods_for_entropy())
+def test_weights_of_dead_inputs_are_zero_under_every_method(choice, method: str, name: str) -> None:
+    problem = random_problem(12, 10, dtype=torch.float32)
+    H = 1e-6 * problem.H  # far below what stands for a dead input where H is factorised
+    H[:, ::2], H[:, :, ::2] = 0, 0
+    shortened = {"awq": {"exponents": 2, "shrink": []}, "adaround": {"iterations": 20}}
+    solver = choice("method", method, **shortened.get(method, {}))
+    dead = ptq.problem.LayerProblem("dead", problem.W, H)
+    codes, grid = solver.quantize_layer(dead, choice("grid", name), 4, None)
+    assert not bool(codes[..., ::2].any())
+    assert bool(codes[..., 1::2].any())
+    assert dead.relative_error(grid.values(codes)) < 0.2
 
 
 def test_refit_is_least_squares_for_the_step(choice) -> None:
