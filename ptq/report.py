@@ -17,10 +17,13 @@ class LayerReport:
     name: str
     shape: list[int]  # W [groups, out, in]
     bits: float
-    relative_error: float  # as the method left it, before any tuning
-    limit_bits: float | None  # rate at which no Gaussian code does better (ptq/limit.py); None without data
     storage_bits: dict[str, int]
     seconds: float
+    # ‖(T − Ŵ) X‖ / ‖T X‖ of the codes and grid it ends with; None where that is not known: while it is to be
+    # trained, and in networks that are too large for it (ptq/layer_errors.py)
+    relative_error: float | None = None
+    # rate at which no Gaussian code does better (ptq/limit.py); None likewise, and without data
+    limit_bits: float | None = None
     activation: dict[str, Any] | None = None  # of the input's quantizer; None where it stays float
     added_bias: bool = False  # by bias correction, on a layer that had none
     clipped_fraction: float | None = (

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from ptq.checkpoint import contents, replace_layers
+from ptq.layer_errors import LayerErrors
 from ptq.plan import Unit
 from ptq.report import LayerReport, Report, TuningReport
 from ptq.resume import Resume
@@ -20,13 +21,17 @@ DONE = "done"
 class SavedUnits:
     """What earlier runs of a job left of the walk over `units`.
 
-    A unit is kept as its quantized layers, its other tensors and its part of the report. `done` units at the
-    start are finished; `first` is the first one whose inputs the walk needs: where units are chained, the
-    inputs of the first unfinished one come through the finished ones before it.
+    A unit is kept as its quantized layers, its other tensors, its part of the report, and what its layers'
+    errors are still to be measured with. `done` units at the start are finished; `first` is the first one
+    whose inputs the walk needs: where units are chained, the inputs of the first unfinished one come through
+    the finished ones before it.
     """
 
-    def __init__(self, resume: Resume, units: Sequence[Unit], module: nn.Module, report: Report) -> None:
+    def __init__(
+        self, resume: Resume, units: Sequence[Unit], module: nn.Module, report: Report, errors: LayerErrors
+    ) -> None:
         self.resume, self.units, self.module, self.report = resume, units, module, report
+        self.errors = errors
         self.done = 0
         while self.done < len(units) and self.place(self.done).holds(DONE):
             self.done += 1
@@ -56,6 +61,7 @@ class SavedUnits:
         self.module.get_submodule(name).load_state_dict(
             {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items()}
         )
+        self.errors.restore(state["problems"])
         layers = [LayerReport(**each) for each in state["reports"]["layers"]]
         self.report.layers += layers
         self.report.tuning += [TuningReport(**each) for each in state["reports"]["tuning"]]
@@ -76,6 +82,7 @@ class SavedUnits:
             "layers": layers,
             "packed": {key: tensor.clone() for key, tensor in packed.items()},
             "rest": rest,
+            "problems": self.errors.state(n for stage in self.units[k].stages for n in stage),
             "reports": {
                 "layers": [asdict(each) for each in self.report.layers[self._layers :]],
                 "tuning": [asdict(each) for each in self.report.tuning[self._tuning :]],

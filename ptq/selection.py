@@ -90,7 +90,7 @@ class Trials:
             metrics = self._evaluate(copied, copied.module)
         except InputError as error:
             return {"failed": str(error)}
-        errors = [layer.relative_error for layer in report.layers]
+        errors = [e for layer in report.layers if (e := layer.relative_error) is not None]
         return {**metrics, "weight_error": sum(errors) / max(1, len(errors))}
 
     def _evaluate(self, adapter: ModelAdapter, module: torch.nn.Module) -> dict[str, Any]:

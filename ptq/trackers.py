@@ -76,5 +76,6 @@ class WandbTracker:
         rows: list[Iterable[Any]] = [[layer[c] for c in columns] for layer in record.get("layers") or []]
         run.log({"layers": wandb.Table(columns=columns, data=rows)})
         for index, layer in enumerate(record.get("layers") or []):
-            run.log({"layer/index": index, "layer/relative_error": layer["relative_error"]})
+            if layer["relative_error"] is not None:
+                run.log({"layer/index": index, "layer/relative_error": layer["relative_error"]})
         run.finish(exit_code=0 if record["status"] == "done" else 1)

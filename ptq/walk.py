@@ -27,6 +27,7 @@ from ptq.calibration import Calibration, Inputs, NoCalibration, Statistics, Targ
 from ptq.capture import output_gradients, unit_calls, unit_outputs
 from ptq.errors import InputError
 from ptq.grids.grid import Grid
+from ptq.layer_errors import LayerErrors, fits
 from ptq.layers import (
     QuantizedLayer,
     layer_bias,
@@ -35,7 +36,6 @@ from ptq.layers import (
     replace_module,
     weight_matrix,
 )
-from ptq.limit import limit_bits
 from ptq.methods.method import (
     BlockMethod,
     GridSpec,
@@ -143,6 +143,7 @@ class Walk:
             skipped=skipped_parameters(adapter, self.plan, self.allocation),
             doubled=doubled_weights(adapter, self.allocation),
         )
+        self.errors = LayerErrors(report=self.report, limits=isinstance(calibration, Calibration))
         if self.budget is not None:
             self.report.seconds["allocate"] = time.perf_counter() - started
         if self.mixed is not None:
@@ -163,6 +164,8 @@ class Walk:
         wanted = self.wants.network or self.wants.output_gradients
         if (distilled or wanted) and self.teacher is None:
             self.example = copy.deepcopy(self.student)
+        solved = (self.student.get_submodule(n) for n, width in self.allocation.items() if width is not None)
+        self.keeps_all = (distilled or self.wants.network) and fits(solved)
         self.stage_inputs = StageInputs(
             adapter=adapter,
             teacher=self.teacher,
@@ -177,7 +180,7 @@ class Walk:
         )
 
     def run(self, samples: Iterable[tuple[Any, Tensor | None]], progress: bool, resume: Resume) -> Report:
-        saved = SavedUnits(resume, self.plan.units, self.student, self.report)
+        saved = SavedUnits(resume, self.plan.units, self.student, self.report, self.errors)
         layers = [name for name, width in self.allocation.items() if width is not None]
         bar = tqdm(
             total=len(layers),
@@ -223,8 +226,11 @@ class Walk:
                 saved.keep(k, done=original is None)
             if original is not None:
                 self._reconstruct(unit, original, inputs, progress, saved.place(k))
+                names = {name for stage in unit.stages for name in stage}
                 if self.wants.blocks:
-                    self._remeasure({name for stage in unit.stages for name in stage})
+                    self._remeasure(names)
+                if not self.keeps_all:
+                    self.errors.measure(self.student, names)
                 saved.keep(k, done=True)
             if following is not None and following.chained and gathers:
                 started = time.perf_counter()
@@ -252,9 +258,12 @@ class Walk:
                 resume=resume.within(f"network{number}"),
             )
             self._tuned(trained)
+            if trained.kept and not self.keeps_all:
+                self.errors.forget()
             self._reestimate()
         if self.wants.network:
             self._remeasure(set(layers))
+        self.errors.measure(self.student, layers)
         return self.report
 
     def _remeasure(self, names: set[str]) -> None:
@@ -382,6 +391,10 @@ class Walk:
             self._replace(
                 name, layer, replacement, problem, codes, fitted, width, time.perf_counter() - started
             )
+            if self.keeps_all or self._reconstructs(unit):
+                self.errors.keep(problem)
+            else:
+                self.errors.enter(self.report.layers[-1], problem, fitted.values(codes))
             self.report.seconds["solve"] += time.perf_counter() - started
             bar.update()
 
@@ -396,26 +409,17 @@ class Walk:
         width: float,
         seconds: float,
     ) -> None:
-        W_hat = grid.values(codes)
-        if not torch.isfinite(W_hat).all():
+        if not torch.isfinite(grid.values(codes)).all():
             raise InputError(f"layer {name!r}: quantized weights hold NaN or infinity")
         replacement.to(self.device)
         for alias in names_of(self.student, layer):
             replace_module(self.student, alias, replacement)
-        relative_error, limit = problem.relative_error(W_hat), None
-        if isinstance(self.calibration, Calibration) and relative_error > 0:
-            started = time.perf_counter()
-            limit = limit_bits(problem.H, problem.T, relative_error)
-            spent = self.report.seconds
-            spent["limit"] = spent.get("limit", 0.0) + time.perf_counter() - started
         quantizer = replacement.input_quantizer
         self.report.layers.append(
             LayerReport(
                 name=name,
                 shape=list(problem.W.shape),
                 bits=width,
-                relative_error=relative_error,
-                limit_bits=limit,
                 storage_bits=grid.storage_bits(codes),
                 seconds=seconds,
                 activation=None if quantizer is None else quantizer.summary(),

@@ -118,9 +118,11 @@ def quantize(
 
 def facts(report: Report) -> list[Any]:
     """All of a report but the clock's readings."""
-    layers = [(each.name, each.relative_error, each.storage_bits, each.activation) for each in report.layers]
     return [
-        *layers,
+        *(
+            (each.name, each.relative_error, each.limit_bits, each.storage_bits, each.activation)
+            for each in report.layers
+        ),
         *((t.unit, t.loss_before, t.loss_after, t.kept, t.steps, t.losses) for t in report.tuning),
     ]
 

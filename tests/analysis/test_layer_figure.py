@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 from record_factory import record, write
 
+from analysis.against import against
 from analysis.collect import aggregate, collect_all
 from analysis.figures import draw
 from analysis.layer_figure import LIMIT_LABEL, draw_layers, layer_points
+from analysis.report import write_report
 
 
-def layers(*errors: float, limit: float | None = 2.0) -> list[dict]:
+def layers(*errors: float | None, limit: float | None = 2.0) -> list[dict]:
     return [
         {
             "name": f"layer{i}",
@@ -61,3 +64,19 @@ def test_a_figure_per_model_and_nothing_without_errors(tmp_path: Path) -> None:
     drawn = draw(aggregate(found.frame), found.layers)
     assert list(drawn.figures) == ["curves", "time", "layers_digits_resnet"]
     assert drawn.of_model == {("digits_resnet", "digits"): "layers_digits_resnet"}
+
+
+def test_a_network_whose_errors_are_not_known_leaves_gaps(tmp_path: Path) -> None:
+    """As where one too large to keep its problems is trained as a whole."""
+    unknown = record(method="brecq", method_config={"sweeps": 1}, layers=layers(None, None, limit=None))
+    write(tmp_path, record(layers=layers(0.1, 0.2), method_config={"sweeps": 2}), unknown)
+    found = collect_all([tmp_path])
+    points = layer_points(found.layers)
+    assert points.groupby("method")["n"].sum().to_dict() == {"brecq": 0, "comq": 2}
+    drawn = draw(aggregate(found.frame), found.layers)
+    assert set(drawn.points["errors"]["method"]) == {"comq"}
+    write_report([tmp_path], tmp_path / "out", html=True)
+    assert "layer1" in (tmp_path / "out" / "report.html").read_text()
+    by_sweeps = against(found, "method.sweeps").set_index("value")["layer_error"]
+    assert by_sweeps[2] == pytest.approx(0.15)
+    assert math.isnan(by_sweeps[1])
