@@ -137,7 +137,9 @@ class Entropy:
             parameter_bits=self.parameter_bits,
             decode_once=self.decode is Decode.at_load,
         )
-        return grid.with_step(_step_for(W.abs() / grid.relative().to(W.dtype), bits)).reaching(W)
+        alive = 1 - float(dead.double().mean())  # the rate is theirs alone
+        magnitude = W.abs() / grid.relative().to(W.dtype)
+        return grid.with_step(_step_for(magnitude, min(bits / alive, self.most_bits), dead)).reaching(W)
 
     def size(self, W: Tensor, bits: float, group_size: int | None = None) -> dict[str, int]:
         """Bits that W is meant to take, {"codes", "parameters"}: the target, which the rate search meets."""
@@ -147,7 +149,7 @@ class Entropy:
         return {"codes": max(0, round(bits * W.numel()) - parameters), "parameters": parameters}
 
     def _dead(self, W: Tensor, H: Tensor | None) -> Tensor:
-        """Inputs whose weights are rounded to 0, [groups, in]: none in a layer that sees nothing but zeros."""
+        """Inputs whose weights are rounded to 0, [groups, in]: none where all inputs are zero."""
         if H is None or not self.zero_dead:
             return torch.zeros(W.shape[0], W.shape[-1], dtype=torch.bool, device=W.device)
         diagonal = H.diagonal(dim1=-2, dim2=-1)
@@ -182,8 +184,9 @@ class Entropy:
         return octaves.clamp(-farthest, farthest)
 
 
-def _step_for(x: Tensor, bits: float) -> float:
-    """Step at which magnitudes x, in units of their columns' steps, take about `bits` each.
+def _step_for(x: Tensor, bits: float, dead: Tensor) -> float:
+    """Step at which magnitudes x of inputs that are not dead, in units of their columns' steps, take about
+    `bits` each.
 
     ½ log2(1 + 2πe σ²) is within 0.1 bit of a rounded Gaussian's entropy from 0.7 bits up; σ² of a weight is
     the product of its row's and its column's mean square over the whole mean.
@@ -194,6 +197,8 @@ def _step_for(x: Tensor, bits: float) -> float:
         return 1.0
     variance = square.mean(-1, keepdim=True) * square.mean(-2, keepdim=True)
     variance = variance / square.mean((-2, -1), keepdim=True).clamp_min(1e-300)
+    if bool(dead.any()):
+        variance = variance[~dead[:, None].expand_as(variance)]
     variance = variance.reshape(-1)[:: max(1, variance.numel() // SAMPLE)]
     low, high = -60.0, 60.0  # log2 of the step over the root mean square
     for _ in range(40):
@@ -290,10 +295,8 @@ class EntropyGrid:
         return self if bool(better.all()) else other
 
     def replace_unit(self, unit: int, other: EntropyGrid) -> EntropyGrid:
-        octaves = self.octaves.clone()
-        ratio = math.log2(float(other.step) / float(self.step)) * self.octave_parts
-        octaves[:, unit] = other.octaves[:, 0] + round(ratio)
-        return replace(self, octaves=octaves)
+        """The grid as it is: a unit's step follows from H, which the weights met on the way do not change."""
+        return self
 
     def scaled(self, factor: float) -> EntropyGrid:
         return self.with_step(float(self.step) * factor)

@@ -111,6 +111,19 @@ def test_steps_of_columns_beat_one_step_where_inputs_differ(choice) -> None:
     assert errors["watersic", "entropy_columns"] < errors["gptq", "entropy_columns"]
 
 
+def test_groups_keep_their_steps_when_the_sweep_reaches_them(choice) -> None:
+    """They come from the inputs' statistics; the weights met on the way say nothing about them."""
+    problem = random_problem(128, 64, dtype=torch.float32)
+    gains = torch.logspace(-2, 1, 64, dtype=torch.float64)
+    problem = ptq.problem.LayerProblem("gains", problem.W, problem.H * gains[:, None] * gains)
+    results = []
+    for refit_groups in (False, True):
+        method = choice("method", "gptq", act_order=False, refit_groups=refit_groups)
+        codes, grid = quantize_to_rate(method, problem, choice("grid", "entropy_columns"), 2, 8)
+        results.append(grid.values(codes))
+    assert torch.equal(*results)
+
+
 def test_steps_of_rows_follow_their_size_for_a_few_bits(choice) -> None:
     """Rows of very unlike size: each is as coarse as its own largest weight says, in quarter octaves."""
     problem = random_problem(64, 96)
@@ -136,12 +149,16 @@ def test_dead_inputs_cost_next_to_nothing(choice) -> None:
     H = problem.H.clone()
     H[:, 10:40], H[:, :, 10:40] = 0, 0
     dead = ptq.problem.LayerProblem("dead", problem.W, H)
-    codes, grid = choice("method", "gptq").quantize_layer(dead, choice("grid", "entropy"), 4, None)
+    codes, grid = choice("method", "gptq").quantize_layer(dead, choice("grid", "entropy"), 2, None)
     assert not bool(codes[..., 10:40].any())
-    kept = choice("grid", "entropy", zero_dead=False)
-    codes_kept, grid_kept = choice("method", "gptq").quantize_layer(dead, kept, 4, None)
-    assert bool(codes_kept[..., 10:40].any())
-    assert stored_rate(grid, codes) < 0.55 * stored_rate(grid_kept, codes_kept)
+    kept = choice("grid", "entropy", zero_dead=False).fit(dead.W, 2, None, H)
+    kept = kept.with_step(float(grid.step))
+    assert stored_rate(grid, codes) < 0.5 * stored_rate(kept, kept.round(dead.W))
+    assert stored_rate(grid, codes) == pytest.approx(2, abs=0.3)  # all of it for the 18 others
+    H[:, 1:], H[:, :, 1:] = 0, 0
+    nearly = ptq.problem.LayerProblem("nearly dead", problem.W, H)
+    codes, grid = quantize_to_rate(choice("method", "gptq"), nearly, choice("grid", "entropy"), 2, None)
+    assert 12 / 48 < stored_rate(grid, codes) < 22 / 48  # about most_bits for the one that is left
 
 
 def methods_for_entropy() -> list[tuple[str, str]]:
