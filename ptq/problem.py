@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ptq.errors import InputError
+from ptq.report import TuningReport
 
 
 class LayerProblem:
@@ -25,6 +26,9 @@ class LayerProblem:
     W may be [out, in] (H [in, in]) or [groups, out, in] (H [groups, in, in]); it is kept with the leading
     dimension. Sweeps run in W's dtype; factorisations run in float64. Raises InputError on NaN, infinity or
     shapes that disagree.
+
+    `progress` asks for a bar of what takes long. A method that trains adds how it went, with the codes it
+    gives, to `trained`, once for each time it is run.
     """
 
     def __init__(
@@ -53,6 +57,8 @@ class LayerProblem:
         self.W = W
         self.H = H
         self.T = W if C is None else float_path_target(name, W, H, C, damping)
+        self.progress = False
+        self.trained: list[tuple[Tensor, TuningReport]] = []
 
     def error(self, W_hat: Tensor) -> Tensor:
         """Squared output error per row, [groups, out], in the units of the layer's output per token."""

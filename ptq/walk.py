@@ -222,7 +222,7 @@ class Walk:
             if k >= saved.done and not restored:
                 self.stage_inputs.enter(stages)
                 for stage in stages:
-                    self._quantize_stage(unit, stage, inputs, bar)
+                    self._quantize_stage(unit, stage, inputs, bar, progress)
                 saved.keep(k, done=original is None)
             if original is not None:
                 self._reconstruct(unit, original, inputs, progress, saved.place(k))
@@ -352,7 +352,7 @@ class Walk:
         return roles
 
     def _quantize_stage(
-        self, unit: Unit, stage: list[str], inputs: dict[str, list[Call]], bar: tqdm[Any]
+        self, unit: Unit, stage: list[str], inputs: dict[str, list[Call]], bar: tqdm[Any], progress: bool
     ) -> None:
         if not stage:
             return
@@ -378,12 +378,15 @@ class Walk:
             else:
                 eye = torch.eye(W.shape[-1], dtype=torch.float64, device=W.device)
                 problem = LayerProblem(name, W, eye.expand(W.shape[0], -1, -1))
+            problem.progress = progress
             try:
                 grid = self.grid if self.mixed is None else self.mixed.grid(name, self.grid)
                 with products(tf32=False):
                     codes, fitted = quantize_to_rate(self.method, problem, grid, width, self.bits.group_size)
             except InputError as error:
                 raise InputError(f"layer {name!r} {list(W.shape)}: {error}") from error
+            # of the runs that met a rate, the one that counts; its seconds are a part of those of solving
+            self.report.tuning += [tuned for trained, tuned in problem.trained if trained is codes]
             if self.budget is not None:
                 self.budget.spend(name, sum(fitted.storage_bits(codes).values()))
             change = None if found is None else found.bias_change(W, fitted.values(codes))

@@ -188,7 +188,9 @@ class GradientPTQ:
         if self.unit is not Unit.layer:
             return codes, fitted
         with torch.enable_grad():
-            return reconstruct_layer(problem, fitted, codes, self.recipe(), self.seed)
+            codes, fitted, tuned = reconstruct_layer(problem, fitted, codes, self.recipe(), self.seed)
+        problem.trained.append((codes, tuned))
+        return codes, fitted
 
     def tune_block(self, problem: BlockProblem) -> TuningReport:
         """Learn the codes of all layers of the block, or stage of blocks, at once."""

@@ -140,6 +140,56 @@ def test_only_hard_codes_are_left_and_they_are_decided(net) -> None:
     )
 
 
+def test_layers_trained_one_by_one_report_how_it_went(net) -> None:
+    """Losses are those of the layer's own problem; seconds of training are a part of those of solving."""
+    _, report = run(
+        net, "adaround", iterations=250, rounding_rate=0.1, regularisation=0.1, schedule="constant"
+    )
+    assert [t.unit for t in report.tuning] == [layer.name for layer in report.layers]
+    assert "tune" not in report.seconds
+    for tuned in report.tuning:
+        assert (tuned.steps, len(tuned.losses)) == (250, 100)
+        assert tuned.undecided is not None
+        assert tuned.undecided < 0.05
+    _, short = run(net, "adaround", iterations=20)
+    assert all(t.undecided is not None and t.undecided > 0.3 for t in short.tuning)
+
+
+def test_the_curve_of_a_layer_is_that_of_its_soft_weights(choice) -> None:
+    """At the first step these are the float weights; straight-through codes, hard throughout, start at the
+    loss that is measured before.
+    """
+    problem = random_problem(6, 20, dtype=torch.float32)
+    spec = choice("grid", "affine")
+    soft = choice("method", "adaround", iterations=3, checks=1)
+    codes, grid = soft.quantize_layer(problem, spec, 4, None)
+    [(trained, tuned)] = problem.trained
+    assert trained is codes
+    assert tuned.loss_before > 0
+    assert tuned.losses[0] < 0.1 * tuned.loss_before  # of clipped weights only
+    assert tuned.loss_after == pytest.approx(float(problem.error(grid.values(codes)).sum()))
+    hard = choice("method", "adaround", relaxation="full_range", iterations=3, checks=1)
+    hard.quantize_layer(problem, spec, 2, None)
+    assert problem.trained[1][1].losses[0] == pytest.approx(problem.trained[1][1].loss_before, rel=1e-4)
+
+
+def test_of_several_runs_for_a_rate_one_is_reported(net) -> None:
+    _, report = run(net, "adaround", grid="entropy", relaxation="full_range", iterations=5)
+    assert [t.unit for t in report.tuning] == [layer.name for layer in report.layers]
+
+
+def test_a_layer_whose_loss_is_not_finite_keeps_its_start(choice) -> None:
+    problem = random_problem(6, 20, dtype=torch.float32)
+    spec = choice("grid", "affine")
+    start = spec.fit(problem.T, 3, None, problem.H).round(problem.T)
+    problem.H = problem.H * (1e39 / float(problem.H.abs().max()))  # beyond float32
+    codes, _ = choice("method", "adaround", iterations=250, checks=1).quantize_layer(problem, spec, 3, None)
+    [(_, tuned)] = problem.trained
+    assert tuned.steps < 250
+    assert not tuned.kept
+    assert torch.equal(codes, start)
+
+
 def test_a_block_gives_less_loss_than_it_started_with(net) -> None:
     for name in ("gradient_ptq", "autoround"):
         _, report = run(net, name, checks=3)
