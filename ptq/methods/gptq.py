@@ -25,7 +25,7 @@ class GPTQ:
     block_size: int  # columns rounded before the lazy update of the rest; B in the paper
     damping: float  # added to diag(H), as a fraction of its mean
     act_order: bool  # visit inputs by decreasing H_ii
-    # find a group's scales when the sweep reaches it, from the compensated weights; on entropy grids they stay
+    # find a group's scales when the sweep reaches it, from the compensated weights; entropy grids keep theirs
     refit_groups: bool
 
     needs_gram: ClassVar[bool] = True
