@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from ptq.activations import ActivationQuantizer
+
+log = logging.getLogger(__name__)
+MOST_UNDECIDED = 0.05  # of a layer's weights, before a run says so
 
 
 @dataclass(kw_only=True)
@@ -84,6 +88,21 @@ class Report:
         bits += sum(quantizer.storage_bits() for quantizer in quantizers)
         added = sum(layer.shape[0] * layer.shape[1] for layer in self.layers if layer.added_bias)
         return bits / max(1, weights + sum(p.numel() for p in rest) - added - self.doubled)
+
+    def warn_of_undecided(self) -> None:
+        """One line where rounding was learned and hard codes differ from what was trained, in any unit."""
+        left = {unit.unit: unit.undecided for unit in self.tuning if unit.undecided is not None}
+        worst = max(left, key=lambda name: left[name], default=None)
+        if worst is not None and left[worst] > MOST_UNDECIDED:
+            log.warning(
+                "learned rounding left up to %.0f %% of a layer's weights (unit %s; mean over %d units: "
+                "%.0f %%) between two codes, so that the hard codes are not what was trained; take more "
+                "method.iterations, or a larger method.rounding_rate or method.regularisation",
+                100 * left[worst],
+                worst,
+                len(left),
+                100 * sum(left.values()) / len(left),
+            )
 
 
 def _count(shape: list[int]) -> int:

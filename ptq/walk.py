@@ -264,6 +264,7 @@ class Walk:
         if self.wants.network:
             self._remeasure(set(layers))
         self.errors.measure(self.student, layers)
+        self.report.warn_of_undecided()
         return self.report
 
     def _remeasure(self, names: set[str]) -> None:
