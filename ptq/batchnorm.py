@@ -11,9 +11,24 @@ from typing import Any
 import torch
 from torch import nn
 
+from ptq.calibration import Calibration, NoCalibration
+from ptq.errors import InputError
 from ptq.models.adapter import ModelAdapter
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def check_batchnorm(adapter: ModelAdapter, calibration: Calibration | NoCalibration) -> None:
+    """Raise InputError where re-estimation is asked for and there is nothing to re-estimate."""
+    if isinstance(calibration, Calibration) and calibration.reestimate_batchnorm and not _norms(adapter):
+        raise InputError(
+            f"calibration.reestimate_batchnorm=true: {adapter.name!r} has no BatchNorm, or it was folded; "
+            "leave it false, or preparation=none"
+        )
+
+
+def _norms(adapter: ModelAdapter) -> list[Any]:
+    return [m for m in adapter.module.modules() if isinstance(m, BATCH_NORMS) and m.track_running_stats]
 
 
 @torch.no_grad()
@@ -22,9 +37,7 @@ def reestimate(adapter: ModelAdapter, batches: list[Any]) -> int:
 
     Each batch counts the same (cumulative average). All other modules stay in eval mode.
     """
-    norms = [m for m in adapter.module.modules() if isinstance(m, BATCH_NORMS) and m.track_running_stats]
-    if not norms:
-        return 0
+    norms = _norms(adapter)
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()

@@ -97,7 +97,8 @@ def output_gradients(
         first = first_tensor(output)
         assert first is not None
         kept.append(first.detach().requires_grad_(True))
-        return kept[-1] if isinstance(output, Tensor) else type(output)((kept[-1], *output[1:]))
+        given = kept[-1].clone()  # the next module may work in place, which a leaf does not allow
+        return given if isinstance(output, Tensor) else type(output)((given, *output[1:]))
 
     gradients = []
     with hooks([module.get_submodule(name).register_forward_hook(hook)]), torch.enable_grad():

@@ -49,6 +49,14 @@ class Descent:
                 f"got {list(self.betas)}, {self.momentum} and {self.weight_decay}"
             )
 
+        if self.optimizer is Optimizer.sign and self.weight_decay:
+            raise InputError(f"optimizer=sign takes no weight_decay; got {self.weight_decay}; leave it at 0")
+        if self.momentum and self.optimizer is not Optimizer.sgd:
+            raise InputError(
+                f"momentum is of optimizer=sgd; got {self.momentum} with {self.optimizer.value}; "
+                "leave it at 0"
+            )
+
     def start(self, groups: Sequence[tuple[list[Tensor], float, Schedule]]) -> Stepper:
         """An optimizer over groups of (variables, rate, schedule); empty groups are left out."""
         kept = [(variables, rate, schedule) for variables, rate, schedule in groups if variables]

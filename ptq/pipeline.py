@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ptq.allocation import Bits
+from ptq.batchnorm import check_batchnorm
 from ptq.calibration import Calibration, NoCalibration
 from ptq.methods.method import GridSpec, LayerMethod
 from ptq.models.adapter import ModelAdapter
@@ -77,6 +78,7 @@ def quantize(
             progress=progress,
             resume=resume or Resume(),
         )
+    check_batchnorm(adapter, calibration)
     with torch.no_grad():
         walk = Walk(
             adapter,

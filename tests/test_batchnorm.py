@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
 import ptq
-from ptq.batchnorm import reestimate
-from ptq.models.adapter import ModelAdapter
+from ptq.errors import InputError
 
 
 def test_statistics_are_those_of_the_quantized_network(choice) -> None:
@@ -29,7 +29,12 @@ def test_statistics_are_those_of_the_quantized_network(choice) -> None:
     assert torch.equal(plain[1].running_mean, module[1].running_mean)
 
 
-def test_a_model_without_batchnorm_is_left_alone() -> None:
-    module = nn.Linear(3, 3)
-    adapter = ModelAdapter(name="plain", module=module, task="any", forward=lambda m, x: m(x))
-    assert reestimate(adapter, [torch.ones(2, 3)]) == 0
+@pytest.mark.parametrize("folded", [False, True])
+def test_nothing_to_reestimate_is_said(choice, folded: bool) -> None:
+    norm = [nn.BatchNorm2d(4)] if folded else []
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), *norm, nn.Flatten(), nn.Linear(64, 2)).eval()
+    settings = choice("calibration", "default", reestimate_batchnorm=True)
+    preparation = "fold_batchnorm" if folded else None
+    batches = [torch.ones(2, 3, 6, 6)]
+    with pytest.raises(InputError, match="has no BatchNorm, or it was folded"):
+        ptq.quantize_model(module, batches, "rtn", bits=2, settings=settings, preparation=preparation)

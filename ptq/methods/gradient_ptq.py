@@ -78,7 +78,7 @@ class GradientPTQ:
     activation_rate: float
     schedule: Schedule  # of the rounding's rate
     other_schedule: Schedule  # of the other rates
-    batch_size: int  # samples a step; unit=layer takes all
+    batch_size: int  # samples a step, at most those of a calibration batch; unit=layer takes all
     augmentation: Augmentation
     probability: float  # for augmentation=qdrop: of an element being the float network's, or unquantized
     strength: float  # of noise, in root mean squares of what quantization does to the input; of mixup, its α
@@ -105,6 +105,11 @@ class GradientPTQ:
                 "unit=layer descends on the layer's Gram, which knows squared errors only; got "
                 f"loss={self.loss.value}; use l2, or unit=block"
             )
+        if self.unit is Unit.layer and self.float_target:
+            raise InputError(
+                "unit=layer takes its target from calibration.target: leave float_target=false and choose "
+                "calibration.target=float_path"
+            )
         if not self.by_blocks and self.augmentation is not Augmentation.none:
             raise InputError(
                 f"augmentation={self.augmentation.value} changes a block's inputs; unit={self.unit.value} "
@@ -112,6 +117,11 @@ class GradientPTQ:
             )
         if not self.by_blocks and self.loss.reads_gradients:
             raise InputError(f"loss={self.loss.value} weighs the outputs of a block; use unit=block or stage")
+        if self.selected < 1 and self.selection is Selection.all:
+            raise InputError(
+                f"selected={self.selected} needs a selection that says which weights: "
+                f"{', '.join(s.value for s in Selection if s is not Selection.all)}"
+            )
         if self.fisher_rank < 1 or not 0 <= self.low_rank_fraction <= 1:
             raise InputError(
                 "fisher_rank must be at least 1 and low_rank_fraction in [0, 1]; got "
@@ -200,7 +210,7 @@ class GradientPTQ:
             assert problem.float_calls is not None
             with torch.no_grad():
                 targets = unit_outputs(problem.original, problem.float_calls, device)
-        with Float32(problem.block), torch.enable_grad():
+        with Float32(problem.block), Float32(problem.original), torch.enable_grad():
             loss = BlockLoss(
                 problem,
                 targets,

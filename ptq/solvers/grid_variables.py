@@ -31,7 +31,11 @@ class GridVariables:
     def __init__(self, grid: Grid, form: GridForm, trained: bool) -> None:
         self.start, self.form, self.trained = grid, form, trained
         self.parameters = {name: p.detach().clone() for name, p in grid.parameters().items()}
-        self.sizes = {name: _sizes(p) for name, p in self.parameters.items()}
+        self.logarithms = {name for name in self.parameters if name.startswith("log_")}
+        self.sizes = {
+            name: torch.ones_like(p) if name in self.logarithms else _sizes(p)
+            for name, p in self.parameters.items()
+        }
         shapes = self.parameters
         if form is GridForm.range and isinstance(grid, AffineGrid):
             shapes = {"low": grid.scale, "high": grid.scale}
@@ -52,7 +56,9 @@ class GridVariables:
         moved = {}
         for name, p in self.parameters.items():
             v = self.variables[name]
-            if self.form is GridForm.factor:
+            if name in self.logarithms:  # a relative change of what it is the logarithm of, in every form
+                moved[name] = p + v
+            elif self.form is GridForm.factor:
                 moved[name] = p * 2 * torch.sigmoid(v)
             else:
                 moved[name] = p + self.sizes[name] * v if self.form is GridForm.relative else p * (1 + v)
@@ -80,8 +86,9 @@ class GridVariables:
     def advance(self) -> None:
         """After a step: factors of a range back into [0, 1]."""
         if self.form is GridForm.range:
-            for v in self.variables.values():
-                v.clamp_(-1, 0)
+            for name, v in self.variables.items():
+                if name not in self.logarithms:
+                    v.clamp_(-1, 0)
 
     @torch.no_grad()
     def stored(self) -> Grid:

@@ -15,6 +15,7 @@ from ptq.layers import QuantizedLayer
 from ptq.losses import Fisher, Loss, largest_directions
 from ptq.methods.method import units_of
 from ptq.problem import LayerProblem
+from ptq.solvers.grid_variables import GridForm, GridVariables
 from ptq.solvers.soft_rounding import Kind, Softening, relax
 from tests.conftest import random_problem
 
@@ -264,6 +265,41 @@ def test_same_seed_same_codes(net) -> None:
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.parametrize("loss", ["fisher_diagonal", "fisher_low_rank"])
+def test_fisher_losses_where_the_next_module_works_in_place(loss: str) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(144, 3)).eval()
+    batches = list(torch.randn(16, 3, 8, 8).split(8))
+    _, report = run((module, batches), "brecq", iterations=20, loss=loss)
+    assert all(unit.loss_before > 0 for unit in report.tuning)
+
+
+@pytest.mark.parametrize("augmentation", ["qdrop", "noise", "mixup"])
+def test_augmentations_of_a_half_precision_model(net, augmentation: str) -> None:
+    half = net[0].bfloat16(), [x.bfloat16() for x in net[1]]
+    quantized, report = run(half, "brecq", iterations=10, augmentation=augmentation)
+    assert all(torch.isfinite(torch.tensor(unit.losses)).all() for unit in report.tuning)
+    assert quantized.blocks[0].norm.weight.dtype == torch.bfloat16
+
+
+def test_few_steps_decide_the_codes(net) -> None:
+    """What is evaluated is what was trained."""
+    for name in ("brecq_fast", "qdrop_fast"):
+        _, report = ptq.quantize_model(net[0], net[1], name, bits=2)
+        assert max(unit.undecided for unit in report.tuning) < 0.1
+
+
+@pytest.mark.parametrize("form", GridForm)
+def test_the_logarithm_of_an_exponent_of_one_moves(choice, form: GridForm) -> None:
+    problem = random_problem(4, 12, dtype=torch.float32)
+    fitted = choice("grid", "power_learned", starts=[1.0], evaluations=0).fit(problem.T, 3)
+    assert float(fitted.log_exponent) == 0
+    variables = GridVariables(fitted, form, trained=True)
+    for v in variables.requires_grad():
+        v.data += 0.1
+    assert variables.grid().log_exponent.item() == pytest.approx(0.1)
+
+
 def test_random_selection_leaves_the_others_at_their_first_codes(net) -> None:
     plain, _ = ptq.quantize_model(net[0], net[1], "rtn", "affine_float", 2)
     few = {"selection": "random", "selected": 0.25, "variables": ["rounding"]}
@@ -334,6 +370,10 @@ def test_the_low_rank_loss_is_the_fishers_quadratic_form_and_the_diagonal_its_ow
         ({"start": "comqq"}, "did you mean 'comq'"),
         ({"selected": 0.0}, r"fraction in \(0, 1\]"),
         ({"rounding_rate": 0.0}, "rates must be positive"),
+        ({"float_target": True}, "takes its target from calibration.target"),
+        ({"selected": 0.5}, "selected=0.5 needs a selection"),
+        ({"momentum": 0.9}, "momentum is of optimizer=sgd; got 0.9 with adam"),
+        ({"optimizer": "sign", "weight_decay": 0.1}, "optimizer=sign takes no weight_decay"),
         ({"relaxation": "hard"}, "ill-typed value for method.relaxation"),
     ],
     ids=lambda value: str(value)[:25],
