@@ -27,7 +27,7 @@ from ptq.data.noise import check_job
 from ptq.dry_run import describe
 from ptq.errors import InputError
 from ptq.hardware import device_name, peak_memory_bytes
-from ptq.methods.method import check_pair, units_of
+from ptq.methods.method import check_bias_correction, check_pair, units_of
 from ptq.methods.selecting import SelectingMethod, chooses
 from ptq.mixed_precision import MixedBits, check_mixed
 from ptq.models.adapter import ModelAdapter
@@ -214,6 +214,8 @@ def prepare(config: DictConfig, settings: Settings) -> Parts:
         preparation.check(adapter)
     if isinstance(method, WholeNetworkMethod):
         check_whole(adapter, bits, calibration, tuning)
+    else:
+        check_bias_correction(method, calibration)
     units_of(method, adapter)
     data.check(adapter)
     source = data

@@ -42,6 +42,7 @@ from ptq.methods.method import (
     LayerMethod,
     ModelGridSpec,
     NetworkMethod,
+    check_bias_correction,
     check_pair,
     units_of,
     wants,
@@ -97,6 +98,7 @@ class Walk:
                 "calibration=none serves rtn-like methods only"
             )
         check_pair(method, grid)
+        check_bias_correction(method, calibration)
         check_tuning(tuning, calibration)
         check_activations(activations, bits.activation_widths(), calibration)
         check_allocation(grid, calibration)

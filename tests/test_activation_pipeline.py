@@ -232,6 +232,24 @@ def test_bias_correction_restores_mean_outputs(mixed, choice, bits: str, case: s
     assert report.model_bits_per_coefficient(quantized) == pytest.approx(stored / parameters)
 
 
+@pytest.mark.parametrize("overrides", [{}, {"unit": "network", "loss": "l2"}], ids=["block", "network"])
+def test_biases_are_not_corrected_for_codes_that_are_learned_later(
+    mixed, choice, overrides: dict[str, Any]
+) -> None:
+    settings = choice("calibration", "default", bias_correction=True)
+    with pytest.raises(InputError, match=r"GradientPTQ learns other codes after that.*leave it false"):
+        ptq.quantize_model(mixed, [X[:4], X[4:]], "brecq", settings=settings, **overrides)
+
+
+def test_biases_are_corrected_for_codes_learned_layer_by_layer(mixed, choice) -> None:
+    x = X + 0.5
+    settings = choice("calibration", "default", bias_correction=True)
+    quantized, _ = ptq.quantize_model(mixed, [x], "adaround", bits=2, settings=settings, iterations=20)
+    arrived = received(quantized, "linear", [x])
+    with torch.no_grad():
+        assert_close(quantized.linear(arrived).mean(0), mixed.linear(arrived).mean(0), rtol=1e-4, atol=1e-5)
+
+
 def test_without_data_only_dynamic_ranges(toy) -> None:
     module, batches = toy
     with pytest.raises(

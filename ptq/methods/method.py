@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ptq.allocation import Allocation
 from ptq.block_problem import BlockProblem
+from ptq.calibration import Calibration, NoCalibration
 from ptq.errors import InputError
 from ptq.grids.grid import Grid
 from ptq.models.adapter import ModelAdapter
@@ -160,3 +161,20 @@ def check_pair(method: object, grid: GridSpec) -> None:
     """Raise InputError where the method refuses the grid."""
     if isinstance(method, GridChecker):
         method.check_grid(grid)
+
+
+def check_bias_correction(method: LayerMethod, calibration: Calibration | NoCalibration) -> None:
+    """Raise InputError where biases would be corrected for codes that are still to be learned.
+
+    Correcting them after that instead undoes what the codes have learned, the means of a unit's output
+    included: measured with brecq at 2 bits on the digits ResNet, errors of the logits grow by two fifths.
+    """
+    wanted = wants(method)
+    corrects = isinstance(calibration, Calibration) and calibration.bias_correction
+    if corrects and (wanted.blocks or wanted.network):
+        raise InputError(
+            "calibration.bias_correction=true mends what each layer lost when it was solved; method "
+            f"{type(method).__name__} learns other codes after that, for the output of a whole unit, its mean "
+            "included: leave it false (with bias in method.variables biases are learned too), or use a "
+            "layer-wise method (unit=layer)"
+        )
