@@ -129,6 +129,13 @@ def decode(stream: bytes, shape: tuple[int, int], extra_lengths: list[int]) -> t
     return codes.reshape(shape), extras
 
 
+def side_bits(values: Ints) -> int:
+    """Bits that a further list of integers takes in a stream."""
+    writer = _Writer(Layout(0, 0, 0, 0, 0))
+    writer.side(values)
+    return int(writer.encoder.num_bits())
+
+
 def entropy(codes: Ints) -> float:
     """Bits per code of the pooled empirical distribution: the usual estimate, which no file reaches."""
     _, counts = np.unique(codes, return_counts=True)

@@ -33,17 +33,20 @@ from ptq.storage import pack_parameter, unpack_parameter
 
 SAMPLE = 2**16  # weights that the first step is estimated from
 FARTHEST_OCTAVE = 40  # of a unit's step from the layer's
+MOST_ROW_BITS = 0.25  # per weight that scales of rows may take: rows of few inputs go without
+ROW_SCALE_BITS = 16  # of rows=largest
 
 
 class Steps(Enum):
     """What shares one step."""
 
     layer = "layer"
-    columns = "columns"  # `group_size` inputs (one without it), inverse to their weight in the output
+    # `group_size` inputs (one without it), inverse to their weight in the output, where these steps pay
+    columns = "columns"
 
 
 class Rows(Enum):
-    """What a row's own scale is, on top of the steps."""
+    """What a row's own scale is, on top of the steps: none where it would take over MOST_ROW_BITS."""
 
     equal = "equal"  # there is none
     classes = "classes"  # the row's largest magnitude, rounded to fractions of an octave: a few bits, coded
@@ -103,13 +106,13 @@ class Entropy:
     ) -> EntropyGrid | RowScaled:
         """Grid for W [groups, out, in] at about `bits`; H [groups, in, in] shapes steps=columns."""
         self.check(bits, group_size)
-        if self.rows is Rows.largest:
+        if self._row_scale_bits(W):
             W = W.masked_fill(self._dead(W, H)[:, None], 0)
             largest = W.abs().amax(-1, keepdim=True)
             largest = torch.where(largest > 0, largest, torch.ones_like(largest))
-            row_scale = unpack_parameter(*pack_parameter(largest, 16)).to(W)
+            row_scale = unpack_parameter(*pack_parameter(largest, ROW_SCALE_BITS)).to(W)
             inner = self.fit_steps(W / row_scale, bits, group_size, H)
-            return RowScaled(inner=inner, scale=row_scale, scale_bits=16)
+            return RowScaled(inner=inner, scale=row_scale, scale_bits=ROW_SCALE_BITS)
         return self.fit_steps(W, bits, group_size, H)
 
     def fit_steps(
@@ -126,9 +129,10 @@ class Entropy:
         dead = self._dead(W, H)
         W = W.masked_fill(dead[:, None], 0)
         size = W.shape[-1] if self.steps is Steps.layer else group_size or 1
+        octaves, size = self._octaves(W, H, size, weight)
         grid = EntropyGrid(
             step=W.new_ones(()),
-            octaves=self._octaves(W, H, size, weight),
+            octaves=octaves,
             row_octaves=self._row_octaves(W),
             dead=dead,
             octave_parts=self.octave_parts,
@@ -144,9 +148,13 @@ class Entropy:
     def size(self, W: Tensor, bits: float, group_size: int | None = None) -> dict[str, int]:
         """Bits that W is meant to take, {"codes", "parameters"}: the target, which the rate search meets."""
         self.check(bits, group_size)
-        row_scales = 16 * W.shape[0] * W.shape[1] if self.rows is Rows.largest else 0
-        parameters = self.parameter_bits + row_scales
+        parameters = self.parameter_bits + self._row_scale_bits(W)
         return {"codes": max(0, round(bits * W.numel()) - parameters), "parameters": parameters}
+
+    def _row_scale_bits(self, W: Tensor) -> int:
+        """What rows=largest takes on W [groups, out, in]."""
+        affordable = MOST_ROW_BITS * W.shape[-1] >= ROW_SCALE_BITS
+        return ROW_SCALE_BITS * W.shape[:2].numel() if self.rows is Rows.largest and affordable else 0
 
     def _dead(self, W: Tensor, H: Tensor | None) -> Tensor:
         """Inputs whose weights are rounded to 0, [groups, in]: none where all inputs are zero."""
@@ -155,19 +163,41 @@ class Entropy:
         diagonal = H.diagonal(dim1=-2, dim2=-1)
         return (diagonal <= 0) & (diagonal > 0).any()
 
-    def _octaves(self, W: Tensor, H: Tensor | None, size: int, weight: Tensor | None) -> Tensor:
-        """k of each unit, [groups, units]: its step over the layer's is 2^(k / octave_parts)."""
+    def _octaves(self, W: Tensor, H: Tensor | None, size: int, weight: Tensor | None) -> tuple[Tensor, int]:
+        """k of each unit, [groups, units], its step over the layer's being 2^(k / octave_parts), and the
+        inputs of a unit: `size`, or a whole group's.
+
+        With steps=columns, one step per unit, per group or per layer: whichever takes fewest bits, its own
+        among them. What many rows share may be too dear for one.
+        """
         groups, in_features = W.shape[0], W.shape[-1]
-        units = math.ceil(in_features / size)
+        flat = torch.zeros(groups, math.ceil(in_features / size), dtype=torch.int64, device=W.device)
         if self.steps is Steps.layer or H is None or not bool((H.diagonal(dim1=-2, dim2=-1) > 0).any()):
-            return torch.zeros(groups, units, dtype=torch.int64, device=W.device)
+            return flat, size
         if weight is None:
             problem = LayerProblem("the grid's layer", W, H)
             weight = output_weight(problem, damping=self.damping, act_order=self.act_order)
         # nothing is known of the inputs that are always zero: they take no part
-        logarithm = (-0.5 * weight.double().log2()).masked_fill(H.diagonal(dim1=-2, dim2=-1) <= 0, math.nan)
-        logarithm = torch.nn.functional.pad(logarithm, (0, units * size - in_features), value=math.nan)
-        return self._rounded(logarithm.reshape(groups, units, size).nanmean(-1))
+        logarithm = weight.double().log2().masked_fill(H.diagonal(dim1=-2, dim2=-1) <= 0, math.nan)
+        choices = [(flat, size)]
+        for unit in dict.fromkeys((size, in_features)):
+            units = math.ceil(in_features / unit)
+            padded = torch.nn.functional.pad(logarithm, (0, units * unit - in_features), value=math.nan)
+            choices.append((self._rounded(-0.5 * padded.reshape(groups, units, unit).nanmean(-1)), unit))
+        return min(choices, key=lambda choice: self._bits(choice[0], choice[1], logarithm, W))
+
+    def _bits(self, octaves: Tensor, size: int, logarithm: Tensor, W: Tensor) -> float:
+        """Bits per weight for an error of one with these steps, up to a constant: at high rate steps r lead
+        to ½ log2 Σ w r² − Σ log2 r for inputs of weight w (means over inputs); `logarithm` is log2 w. Unlike
+        steps are paid for twice: codes of unlike size make the coder say how large each column's are.
+        """
+        log_step = (octaves / self.octave_parts).repeat_interleave(size, -1)[:, : W.shape[-1]]
+        alive = ~logarithm.isnan()
+        squares = (logarithm + 2 * log_step)[alive]
+        largest = squares.max()
+        rate = 0.5 * (largest + torch.exp2(squares - largest).mean().log2()) - log_step[alive].mean()
+        side = coding.side_bits(octaves.cpu().numpy().reshape(-1)) if bool(octaves.any()) else 0
+        return float(alive.double().mean() * rate) + 2 * side / W.numel()
 
     def _row_octaves(self, W: Tensor) -> Tensor:
         """k of each row, [groups, out]: 0 but for rows=classes, and for rows of zeros."""
@@ -175,7 +205,9 @@ class Entropy:
         if self.rows is not Rows.classes or not bool((largest > 0).any()):
             return torch.zeros(largest.shape, dtype=torch.int64, device=W.device)
         usual = largest[largest > 0].median()
-        return self._rounded(torch.where(largest > 0, largest, usual).log2())
+        octaves = self._rounded(torch.where(largest > 0, largest, usual).log2())
+        dear = coding.side_bits(octaves.cpu().numpy().reshape(-1)) > MOST_ROW_BITS * W.numel()
+        return torch.zeros_like(octaves) if dear else octaves
 
     def _rounded(self, logarithm: Tensor) -> Tensor:
         """Octaves around their median; 0 where the logarithm is not known (NaN)."""

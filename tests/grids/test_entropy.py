@@ -111,6 +111,37 @@ def test_steps_of_columns_beat_one_step_where_inputs_differ(choice) -> None:
     assert errors["watersic", "entropy_columns"] < errors["gptq", "entropy_columns"]
 
 
+@pytest.mark.parametrize("shape", [(96, 1, 9), (1, 1, 150), (1, 500, 1), (8, 4, 9), (1, 16, 27)], ids=str)
+@pytest.mark.parametrize("bits", [1.5, 3])
+def test_steps_are_shared_where_few_weights_would_pay_for_each(choice, shape: tuple, bits: float) -> None:
+    """Depthwise, one row, one column, few rows: never far above the error of one step, at the same rate."""
+    problem = random_problem(shape[1], shape[2], groups=shape[0], dtype=torch.float32)
+    for method in ("gptq", "watersic"):
+        errors = {}
+        for name in ["entropy"] if method == "watersic" else ["entropy", "entropy_classes", "entropy_rows"]:
+            errors[name] = quantized_error(choice, method, name, problem, bits)
+        errors["entropy_columns"] = quantized_error(choice, method, "entropy_columns", problem, bits)
+        assert max(errors.values()) < {1.5: 0.7, 3: 0.2}[bits]
+        assert errors["entropy_columns"] < 1.15 * errors["entropy"]
+
+
+def quantized_error(choice, method: str, name: str, problem: ptq.problem.LayerProblem, bits: float) -> float:
+    """Relative error at `bits`, which are met within two bytes."""
+    codes, grid = quantize_to_rate(choice("method", method), problem, choice("grid", name), bits, None)
+    assert abs(stored_rate(grid, codes) - bits) <= max(0.005, 16.1 / codes.numel())
+    return problem.relative_error(grid.values(codes))
+
+
+@pytest.mark.parametrize("name", ["entropy_rows", "entropy_classes"])
+def test_rows_of_few_inputs_go_without_scales(choice, name: str) -> None:
+    W = random_problem(300, 64).W
+    assert choice("grid", name).size(W, 3)["parameters"] == 16 + (16 * 300 if name == "entropy_rows" else 0)
+    for inputs, scales in ((64, True), (5, False)):
+        grid = choice("grid", name).fit(W[..., :inputs], 3)
+        assert (not isinstance(grid, EntropyGrid) or bool(grid.row_octaves.any())) == scales
+    assert choice("grid", name).size(W[..., :5], 3)["parameters"] == 16
+
+
 def test_groups_keep_their_steps_when_the_sweep_reaches_them(choice) -> None:
     """They come from the inputs' statistics; the weights met on the way say nothing about them."""
     problem = random_problem(128, 64, dtype=torch.float32)
