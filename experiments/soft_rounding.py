@@ -1,9 +1,10 @@
 """AdaRound on stored inputs, AdaRound on the Gram, and codes learned from a good start, on the seeded layer.
 
 Command: python -m experiments.soft_rounding [--size 512] [--tokens 4096] [--bits 4 2] [--iterations 200]
-The first two learn the same variables on the same grid with as many steps; the last row starts from the codes of
-comq_fast, which stand alone above it, and takes a twentieth of the steps. Seconds are of this process's processor time in this one run; read them as
-ratios. Errors are ‖(W − Ŵ) X‖ / ‖W X‖ with hard codes, on the calibration inputs.
+The first two learn the same variables on the same grid with as many steps; the last row starts from the codes
+of comq_fast, which stand alone above it, and takes a twentieth of the steps. Seconds are of this process's
+processor time in this one run; read them as ratios. Errors are ‖(W − Ŵ) X‖ / ‖W X‖ with hard codes, on the
+calibration inputs.
 """
 
 from __future__ import annotations
