@@ -18,6 +18,7 @@ from ptq.plan import Plan, allocate, allocate_activations, skipped_parameters, t
 from ptq.problem import LayerProblem
 from ptq.rate import quantize_to_rate
 from ptq.rate_allocation import common_rate
+from ptq.training_time import training_seconds
 from ptq.whole_network import WholeNetworkMethod
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ def describe(parts: Parts, directory: Path) -> str:
         lines += ["", parts.bits.announcement()]
         if parts.bits.rounding is Rounding.method:
             solve *= 1 + len(parts.bits.candidates)
+    training = training_seconds(parts, plan, allocation, inputs, tokens, forward_seconds)
     total_bits = stored / max(1, weights)
     lines += [
         "",
@@ -89,8 +91,8 @@ def describe(parts: Parts, directory: Path) -> str:
         f"{stored / 8 / 1e6:.3f} MB",
         f"calibration: {sum(len(b) for b in parts.batches)} samples in {len(parts.batches)} batches",
         f"memory to expect: about {memory / 2**20:,.0f} MiB above the libraries' own",
-        f"time to expect: about {capture + solve:,.0f} s (calibration {capture:,.0f}, solving {solve:,.0f}), "
-        "evaluation not included",
+        f"time to expect: about {capture + solve + training:,.0f} s (calibration {capture:,.0f}, "
+        f"solving {solve:,.0f}, training {training:,.0f}), evaluation not included",
         f"record: {directory / 'record.json'}",
     ]
     return "\n".join(lines)

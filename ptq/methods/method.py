@@ -174,7 +174,7 @@ def check_bias_correction(method: LayerMethod, calibration: Calibration | NoCali
     if corrects and (wanted.blocks or wanted.network):
         raise InputError(
             "calibration.bias_correction=true mends what each layer lost when it was solved; method "
-            f"{type(method).__name__} learns other codes after that, for the output of a whole unit, its mean "
-            "included: leave it false (with bias in method.variables biases are learned too), or use a "
-            "layer-wise method (unit=layer)"
+            f"{type(method).__name__} learns other codes after that, for the output of a whole unit, its "
+            "mean included: leave it false (with bias in method.variables biases are learned too), or use "
+            "a layer-wise method (unit=layer)"
         )
