@@ -10,13 +10,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import ClassVar, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
+from ptq.errors import InputError
 from ptq.grids.grid import Grid
 from ptq.methods.method import GridSpec, LayerMethod, RatedGridSpec
 from ptq.problem import LayerProblem
 
 MOST_TRIALS = 12
+# parameters may exceed a rate by one or the other: by bits in all, as in tiny layers, or by bits per weight
+MOST_EXCESS, MOST_EXCESS_RATE = 2**10, 0.25
 Trial = Callable[[float], tuple[Tensor, Grid]]  # codes and grid for the bits that are asked of the grid
 
 
@@ -39,7 +43,9 @@ def quantize_to_rate(
     """Codes and grid of `method` at `bits` stored bits per weight, everything counted.
 
     Trials stop within the grid's tolerance. Where no step meets it (tiny or constant layers) the result
-    nearest to the target counts.
+    nearest to the target counts. Where parameters and side information alone exceed it, there is none but to
+    erase the weights: of few bits, the codes of the first trial are kept, which take as much as was asked
+    beside the parameters; of many, InputError is raised. The layer's record has what it takes.
     """
     if not isinstance(spec, RatedGridSpec):
         return method.quantize_layer(problem, spec, bits, group_size)
@@ -48,20 +54,38 @@ def quantize_to_rate(
     else:
         slope = 1.0
         trial = partial(_run, method, problem, spec, group_size)
-    best, best_miss = None, float("inf")
+    first = best = None
+    best_miss = float("inf")
     trials: list[tuple[float, float]] = []  # (asked, stored)
     asked = bits
     while len(trials) < MOST_TRIALS and asked not in [a for a, _ in trials]:
         codes, grid = trial(asked)
         stored = sum(grid.storage_bits(codes).values()) / problem.W.numel()
         trials.append((asked, stored))
+        first = first or (codes, grid)
         if abs(stored - bits) < best_miss:
             best, best_miss = (codes, grid), abs(stored - bits)
         if best_miss <= spec.tolerance:
             break
         asked = min(_next(trials, bits, slope), spec.most_bits)
+    assert first is not None
     assert best is not None
+    if min(stored for _, stored in trials) > bits + spec.tolerance and _bare(problem, *best, bits) > bits:
+        best = first
     return method.finished(problem, *best) if isinstance(method, PreparedMethod) else best
+
+
+def _bare(problem: LayerProblem, codes: Tensor, grid: Grid, bits: float) -> float:
+    """Bits per weight of the layer when all its codes are 0; InputError where they are far too many."""
+    bare = sum(grid.storage_bits(torch.zeros_like(codes)).values()) / codes.numel()
+    if bare - bits > MOST_EXCESS_RATE and (bare - bits) * codes.numel() > MOST_EXCESS:
+        groups, out, inputs = codes.shape
+        raise InputError(
+            f"{bits:g} bits a weight must cover scales and steps, which take {bare:.2f} with {groups} groups "
+            f"of {out} rows and {inputs} inputs; give the layer more, or none, by bits.layers, or use a method "
+            "and grid without scales of columns and rows, such as gptq on grid=entropy"
+        )
+    return bare
 
 
 def _run(

@@ -112,11 +112,12 @@ def ridged(problem: LayerProblem, variance: float, damping: float) -> LayerProbl
     """The problem with δ ‖Ŵ‖² added to its objective, δ = variance / mean T²: its T is shrunk towards zero.
 
     Completing the square gives H + δ I and T H (H + δ I)⁻¹, the form of a float-path target. Inputs that are
-    always zero stay so.
+    always zero stay so, unless all are.
     """
     power = float(problem.T.double().square().mean())
     if power <= 0 or variance <= 0:
         return problem
     H = problem.H.double()
-    alive = (H.diagonal(dim1=-2, dim2=-1) > 0).double()
-    return LayerProblem(problem.name, problem.T, H + variance / power * torch.diag_embed(alive), H, damping)
+    alive = H.diagonal(dim1=-2, dim2=-1) > 0
+    ridge = variance / power * torch.diag_embed((alive | ~alive.any()).double())
+    return LayerProblem(problem.name, problem.T, H + ridge, H, damping)
