@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ptq import pipeline, resume, walk
+from ptq import pipeline, reconstruction, resume, walk
 from ptq.errors import InputError
 from ptq.layers import QuantizedLayer
 from ptq.models.adapter import ModelAdapter
@@ -227,19 +227,44 @@ def test_network_tuning_cut_between_epochs_ends_the_same(
     ],
     ids=["qdrop", "tesseraq", "network", "stage"],
 )
-@pytest.mark.parametrize("writes", [2, 5, 7])
-def test_learned_rounding_cut_between_epochs_ends_the_same(
+@pytest.mark.parametrize("writes", [3, 9, 11])
+def test_learned_rounding_cut_between_rounds_ends_the_same(
     choice, tmp_path: Path, monkeypatch, name: str, settings: dict[str, Any], writes: int
 ) -> None:
+    """A round is five steps, each unit has five of them. Units are written when solved, after each round and
+    at their end; without training of their own, once, and then the network after each round.
+    """
+    monkeypatch.setattr(reconstruction, "ROUND", 5)
     method = choice("method", name, iterations=24, batch_size=8, rounding_rate=0.05, **settings)
     kind = StagedNet if settings.get("unit") == "stage" else Net
     run = partial(quantize, choice, tuning="none", method=method, bits="w3a8", kind=kind)
     expected, report = run(None)
-    assert report.tuning
+    interrupt(monkeypatch, writes, lambda: run(store(tmp_path)))
+    if settings.get("unit") == "network":
+        units, rounds = 0, max(0, writes - 6)
+    else:
+        units, rounds = writes // 7, writes % 7 - 1
+    assert bool(list(tmp_path.glob("*.training.pt"))) == (rounds > 0)
+    steps = count_steps(monkeypatch)
+    module, again = run(store(tmp_path))
+    assert len(steps) == sum(t.steps for t in report.tuning) - 24 * units - min(24, 5 * rounds)
+    assert_same(module, expected)
+    assert facts(again) == facts(report)
+
+
+@pytest.mark.parametrize("writes", [1, 2, 5])
+def test_rounding_learned_by_layers_cut_after_any_unit_ends_the_same(
+    choice, tmp_path: Path, monkeypatch, writes: int
+) -> None:
+    """With all the losses of the layers that were done."""
+    method = choice("method", "adaround", iterations=24, rounding_rate=0.05)
+    run = partial(quantize, choice, tuning="none", method=method)
+    expected, report = run(None)
+    assert len(report.tuning) == len(report.layers)
     interrupt(monkeypatch, writes, lambda: run(store(tmp_path)))
     steps = count_steps(monkeypatch)
     module, again = run(store(tmp_path))
-    assert len(steps) <= sum(t.steps for t in report.tuning)
+    assert 0 < len(steps) < 24 * len(report.layers)
     assert_same(module, expected)
     assert facts(again) == facts(report)
 
