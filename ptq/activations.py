@@ -101,6 +101,11 @@ class ActivationQuantizer(nn.Module):
             self.scale.data = before.to(self.scale.device)
         return self
 
+    def centred_range(self) -> tuple[int, int]:
+        """The least and the largest code less the zero point; of quantizers with one scale for the tensor."""
+        zero = 0 if self.zero_point is None else int(self.zero_point)
+        return self.code_min - zero, self.code_max - zero
+
     def facts(self) -> dict[str, Any]:
         """What a file says of the quantizer besides its tensors, as JSON."""
         return {

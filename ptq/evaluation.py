@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ptq.errors import InputError
+from ptq.integers import on_integers
 from ptq.models.adapter import ModelAdapter
 
 
@@ -27,6 +28,7 @@ class Evaluation:
     context: int | None  # tokens a window; null = the model's
     stride: int | None  # tokens from one window to the next; null = context, so that windows do not overlap
     max_tokens: int | None  # the first so many of the text; null = all
+    integers: bool  # quantized layers compute on integers alone (ptq/integers.py); float layers as ever
 
     def run(
         self, adapter: ModelAdapter, module: nn.Module, data: Any, device: torch.device | str, progress: bool
@@ -43,6 +45,8 @@ class Evaluation:
                 f"choose data for the model with data=NAME"
             )
         module.eval()
+        if self.integers:
+            module = on_integers(module)
         if adapter.task == "classification":
             return self._accuracy(adapter, module, data, device, progress)
         if adapter.task == "language_modeling":

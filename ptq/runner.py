@@ -27,6 +27,7 @@ from ptq.data.noise import check_job
 from ptq.dry_run import describe
 from ptq.errors import InputError
 from ptq.hardware import device_name, peak_memory_bytes
+from ptq.integers import check_integers
 from ptq.methods.method import check_bias_correction, check_pair, units_of
 from ptq.methods.selecting import SelectingMethod, chooses
 from ptq.mixed_precision import MixedBits, check_mixed
@@ -199,6 +200,8 @@ def prepare(config: DictConfig, settings: Settings) -> Parts:
     data = build(config.data, "data")
     check_pair(method, grid)
     check_tuning(tuning, calibration)
+    if evaluation.integers:
+        check_integers(bits, grid, activations)
     check_activations(activations, bits.activation_widths(), calibration)
     if isinstance(bits, MixedBits):
         check_mixed(bits, method, grid, calibration)
