@@ -17,6 +17,7 @@ Shapes: codes [rows, columns]; levels of rows [rows] and of columns [columns].
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,6 +41,7 @@ TAIL = 0.06  # share of the wider tail in the starting model
 PADDING = 8  # bytes of ones that a stream ends in without their being written
 SHORT = 2**13  # bytes of a stream whose end is worth a search
 CHOICE_CODES = 2**16  # that a layout is chosen on
+LEAST_ROWS = 64  # likewise
 FINE = 6.0  # a class keeps its codes whole up to this scale; beyond, low bits are coded as they are
 
 
@@ -63,36 +65,55 @@ class Layout:
 
 def encode(codes: Ints, extras: list[Ints]) -> bytes:
     """A short stream of codes [rows, columns] and of further lists of integers: the best of several layouts,
-    one choice after the other; of many codes, the layout that is best for some of the rows.
+    one choice after the other; of many codes, the layout that is best for some of the rows and columns.
     """
-    step = max(1, codes.size // CHOICE_CODES)
-    part = codes[::step]
+    scales = _Scales.of(codes)
+    rows, columns = _sampling(codes.shape[0], codes.shape[1])
+    part = codes[::rows, ::columns]
+    whole = part.size == codes.size
     streams: dict[Layout, bytes] = {}
+    lengths: dict[Layout, float] = {}
 
     def length(layout: Layout) -> float:
-        if layout not in streams:
-            streams[layout] = _encode(part, extras, layout)
-        size = len(streams[layout])
-        return size if step == 1 else step * size - (step - 1) * _column_bytes(part, layout)
+        if layout not in lengths and whole:
+            streams[layout] = _encode(codes, extras, layout, scales)
+            lengths[layout] = 8 * len(streams[layout])
+        elif layout not in lengths:
+            lengths[layout] = _estimated_bits(part, layout, scales, rows, columns)
+        return lengths[layout]
 
-    best = min((Layout(r, c, 1, 0, 0) for r in (0, 1) for c in (0, 1)), key=length)
-    changes: list[list[dict[str, int]]] = [[{"skewed": 1}]]
+    starts = [Layout(r, c, 1, 0, 0) for r in (0, 1) for c in (0, 1)]
+    best = min([*starts, Layout(1, 1, 0, 0, 0)], key=length)
+    changes: list[Callable[[Layout], list[Layout]]] = [lambda b: [replace(b, skewed=1)]]
     if best.rows or best.columns:
-        changes.append([{"coarse": 0}, {"coarse": 2}])
+        changes.append(lambda b: [replace(b, coarse=coarse) for coarse in (0, 1, 2)])
+        # levels of rows, or of columns, that do not pay while coarse may do so finer
+        changes.append(lambda b: [replace(b, rows=1 - b.rows), replace(b, columns=1 - b.columns)])
     if np.count_nonzero(part) < 0.9 * part.size and np.abs(part).max() > FINE:
-        changes.append([{"sparse": 1}])
-    for options in changes:
-        best = min([best, *(replace(best, **o) for o in options)], key=length)
-    return _trimmed(streams[best] if step == 1 else _encode(codes, extras, best), codes, extras)
+        changes.append(lambda b: [replace(b, sparse=1)])
+    for change in changes:
+        best = min([best, *change(best)], key=length)
+    return _trimmed(streams[best] if whole else _encode(codes, extras, best, scales), codes, extras)
 
 
-def _column_bytes(codes: Ints, layout: Layout) -> int:
-    """What the levels of columns take, which is the same for few rows and for many."""
-    if not layout.columns:
-        return 0
+def _sampling(rows: int, columns: int) -> tuple[int, int]:
+    """Every which row and column a layout is chosen on: about CHOICE_CODES codes, of rows first, but for
+    LEAST_ROWS of them.
+    """
+    excess = max(1, rows * columns // CHOICE_CODES)
+    row_step = min(excess, max(1, rows // LEAST_ROWS))
+    return row_step, min(excess // row_step, columns)
+
+
+def _estimated_bits(part: Ints, layout: Layout, scales: _Scales, row_step: int, column_step: int) -> float:
+    """Bits of all codes by those of a part, and of the levels, which are all there are."""
+    rows, columns, base = scales.levels(layout)
     writer = _Writer(layout)
-    writer.side(_levels(codes, layout)[1])
-    return 4 * len(writer.encoder.get_compressed())
+    flat = part.reshape(-1)
+    for level, members in _classes(rows[::row_step], columns[::column_step], base, layout):
+        writer.codes(flat[members], level)
+    bits = writer.encoder.num_bits() * (len(rows) * len(columns) / part.size)
+    return bits + layout.rows * side_bits(rows) + layout.columns * side_bits(columns)
 
 
 def _trimmed(stream: bytes, codes: Ints, extras: list[Ints]) -> bytes:
@@ -143,8 +164,8 @@ def entropy(codes: Ints) -> float:
     return float(-(shares * np.log2(shares)).sum())
 
 
-def _encode(codes: Ints, extras: list[Ints], layout: Layout) -> bytes:
-    rows, columns, base = _levels(codes, layout)
+def _encode(codes: Ints, extras: list[Ints], layout: Layout, scales: _Scales) -> bytes:
+    rows, columns, base = scales.levels(layout)
     writer = _Writer(layout)
     for extra in extras:
         writer.side(extra)
@@ -161,17 +182,29 @@ def _encode(codes: Ints, extras: list[Ints], layout: Layout) -> bytes:
     return bytes([layout.byte(), base - LOWEST_LEVEL]) + payload
 
 
-def _levels(codes: Ints, layout: Layout) -> tuple[Ints, Ints, int]:
-    """Levels of rows and columns around a base level, whole multiples of the layout's resolution."""
-    magnitude = np.abs(codes).astype(np.float64)
-    unit = 2**layout.coarse
-    base = int(np.clip(round(float(_level(magnitude.mean()))), LOWEST_LEVEL, HIGHEST_LEVEL))
-    rows, columns = np.zeros(codes.shape[0], np.int64), np.zeros(codes.shape[1], np.int64)
-    if layout.rows:
-        rows = np.rint((_level(_floored(magnitude, 1)) - base) / unit).astype(np.int64)
-    if layout.columns:
-        columns = np.rint((_level(_floored(magnitude, 0)) - base) / unit).astype(np.int64)
-    return rows, columns, base
+@dataclass(frozen=True)
+class _Scales:
+    """How large codes are, row by row and column by column, as levels that are not rounded."""
+
+    rows: NDArray[np.float64]
+    columns: NDArray[np.float64]
+    base: int
+
+    @classmethod
+    def of(cls, codes: Ints) -> _Scales:
+        magnitude = np.abs(codes).astype(np.float64)
+        base = int(np.clip(round(float(_level(magnitude.mean()))), LOWEST_LEVEL, HIGHEST_LEVEL))
+        return cls(_level(_floored(magnitude, 1)), _level(_floored(magnitude, 0)), base)
+
+    def levels(self, layout: Layout) -> tuple[Ints, Ints, int]:
+        """Levels of rows and columns around a base level, whole multiples of the layout's resolution."""
+        unit = 2**layout.coarse
+        rows, columns = np.zeros(len(self.rows), np.int64), np.zeros(len(self.columns), np.int64)
+        if layout.rows:
+            rows = np.rint((self.rows - self.base) / unit).astype(np.int64)
+        if layout.columns:
+            columns = np.rint((self.columns - self.base) / unit).astype(np.int64)
+        return rows, columns, self.base
 
 
 def _floored(magnitude: NDArray[np.float64], axis: int) -> NDArray[np.float64]:

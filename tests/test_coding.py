@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from ptq.coding import decode, encode, entropy
+from ptq import coding
+from ptq.coding import Layout, decode, encode, entropy
 from ptq.errors import InputError
 
 RANDOM = np.random.default_rng(0)
@@ -72,13 +74,50 @@ def test_length_is_close_to_the_entropy(scale: float) -> None:
 
 
 def test_scales_of_rows_and_columns_are_used() -> None:
-    """Pooled frequencies would pay the entropy; classes pay much less."""
+    """Pooled frequencies would pay the entropy; classes pay little more than who knows every scale."""
     random = np.random.default_rng(2)
     scales = np.exp2(random.normal(size=(256, 1)) + random.normal(size=(1, 128)))
     codes = np.rint(random.normal(size=(256, 128)) * scales).astype(np.int64)
-    classed = sum(entropy(np.rint(random.normal(size=4000) * s).astype(np.int64)) for s in scales[:64, 0])
-    assert classed > 0
-    assert 8 * len(encode(codes, [])) / codes.size < entropy(codes) - 0.3
+    taken = 8 * len(encode(codes, [])) / codes.size
+    assert known_scales(codes, scales) - 0.01 < taken < known_scales(codes, scales) + 0.08
+    assert taken < entropy(codes) - 0.3
+
+
+def known_scales(codes: np.ndarray, scales: np.ndarray) -> float:
+    """−log2 of the probability of rounded Gaussians of these scales, per code."""
+    ends = [torch.from_numpy((codes + side) / (scales * 2**0.5)) for side in (-0.5, 0.5)]
+    probability = 0.5 * (torch.erf(ends[1]) - torch.erf(ends[0]))
+    return float(-probability.clamp_min(1e-12).log2().mean())
+
+
+@pytest.mark.parametrize("shape", [(2, 150000), (1, 70000), (10, 25088), (500, 300), (70000, 2)], ids=str)
+def test_a_layout_chosen_on_a_part_serves_the_whole(shape: tuple[int, int]) -> None:
+    """More codes than a layout is chosen on, of one size: no levels, which would seem to pay on few rows."""
+    codes = np.rint(np.random.default_rng(4).normal(size=shape)).astype(np.int64)
+    stream = encode(codes, [])
+    assert 8 * len(stream) / codes.size < entropy(codes) + 0.002
+    assert np.array_equal(decode(stream, shape, [])[0], codes)
+
+
+def test_levels_of_many_codes_are_used_where_they_differ() -> None:
+    """As for few codes: by rows, by columns, and by columns where there are two rows."""
+    random = np.random.default_rng(5)
+    for shape, by in (((700, 300), (700, 1)), ((700, 300), (1, 300)), ((2, 150000), (2, 1))):
+        scales = np.exp2(random.normal(size=by)) if 2 not in by else np.array([[0.5], [4.0]])
+        codes = np.rint(random.normal(size=shape) * scales).astype(np.int64)
+        assert 8 * len(encode(codes, [])) / codes.size < known_scales(codes, scales) + 0.025
+
+
+def test_levels_of_rows_are_found_that_pay_only_when_fine() -> None:
+    """Most rows are one and the same, like those of rare tokens: a level of their own sets them apart."""
+    random = np.random.default_rng(1)
+    codes = 1.5 * random.normal(size=(400, 64))
+    codes *= np.exp2(0.2 * random.normal(size=(400, 1)) + 0.5 * random.normal(size=(1, 64)))
+    codes = np.rint(codes).astype(np.int64)
+    codes[:240] = np.rint(1.5 * random.normal(size=64) * 2**0.5)
+    layouts = [Layout(r, c, k, s, 0) for r in (0, 1) for c in (0, 1) for k in (0, 1, 2) for s in (0, 1)]
+    scales_of = coding._Scales.of(codes)
+    assert len(encode(codes, [])) <= min(len(coding._encode(codes, [], one, scales_of)) for one in layouts)
 
 
 def test_pruned_weights_pay_no_low_bits_for_their_zeros() -> None:
