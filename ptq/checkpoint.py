@@ -103,15 +103,15 @@ def _verified(directory: Path) -> dict[str, Any]:
     try:
         content = json.loads((directory / "model.json").read_text())
         known = content.get("format")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"{directory}/model.json is damaged: {error}; save the model again") from error
     if known != FORMAT:
         raise InputError(f"{directory}/model.json has format {known!r}; this version reads {FORMAT}")
-    damaged = [
-        name for name in (QUANTIZED, FLOAT) if _checksum(directory / name) != content["checksums"][name]
-    ]
     if content.pop("checksum", None) != _checksum_of(content):
-        damaged.insert(0, "model.json")
+        damaged = ["model.json"]
+    else:
+        sums = content["checksums"]
+        damaged = [name for name in (QUANTIZED, FLOAT) if _checksum(directory / name) != sums[name]]
     if damaged:
         raise InputError(
             f"{directory} is damaged: {', '.join(damaged)} no longer matches its checksum; "

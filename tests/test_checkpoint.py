@@ -132,6 +132,33 @@ def test_damaged_files_are_refused(mixed, tmp_path, grid: str, name: str, harm: 
         ptq.load(path.parent, Mixed())
 
 
+def test_every_flipped_bit_is_found(tmp_path) -> None:
+    """A bit of each byte of model.json, and of some bytes of the others; cuts too."""
+    model = nn.Sequential(nn.Linear(6, 5))
+    quantized, _ = ptq.quantize_model(model, [torch.randn(16, 6)], "gptq", "entropy", 3)
+    folder = ptq.save(quantized, tmp_path / "model")
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        for k in range(0, len(content), 1 if path.name == "model.json" else 13):
+            flipped = bytearray(content)
+            flipped[k] ^= 1 << k % 8
+            for harmed in (bytes(flipped), content[:k]):
+                path.write_bytes(harmed)
+                if not _same_json(harmed, content):
+                    with pytest.raises(ptq.InputError):
+                        ptq.load(folder, nn.Sequential(nn.Linear(6, 5)))
+        path.write_bytes(content)
+    ptq.load(folder, nn.Sequential(nn.Linear(6, 5)))
+
+
+def _same_json(one: bytes, other: bytes) -> bool:
+    """Whether both say the same: a bit of white space may be another white space."""
+    try:
+        return bool(json.loads(one) == json.loads(other))
+    except ValueError:
+        return False
+
+
 def test_a_file_whose_directory_disagrees_is_refused(mixed, tmp_path) -> None:
     quantized, _ = ptq.quantize_model(mixed, [X], "rtn", bits=4)
     path = ptq.save(quantized, tmp_path / "model") / "quantized.safetensors"
