@@ -82,8 +82,8 @@ def _bare(problem: LayerProblem, codes: Tensor, grid: Grid, bits: float) -> floa
         groups, out, inputs = codes.shape
         raise InputError(
             f"{bits:g} bits a weight must cover scales and steps, which take {bare:.2f} with {groups} groups "
-            f"of {out} rows and {inputs} inputs; give the layer more, or none, by bits.layers, or use a method "
-            "and grid without scales of columns and rows, such as gptq on grid=entropy"
+            f"of {out} rows and {inputs} inputs; give the layer more, or none, by bits.layers, or use a "
+            "method and grid without scales of columns and rows, such as gptq on grid=entropy"
         )
     return bare
 
