@@ -84,4 +84,4 @@ def test_layers_without_an_integer_form_are_named(
     settings = config(tmp_path, "eval.integers=true", *(f"{key}={value}" for key, value in overrides.items()))
     record = run(settings, {})
     assert record["status"] == "failed"
-    assert re.search(message.replace("layer '0'", "eval.integers=true"), record["error"])
+    assert re.search(message.replace("layer '0'", "eval.integers=true"), record["error"]["message"])
