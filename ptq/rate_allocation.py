@@ -21,6 +21,7 @@ Shapes: H, F [groups, in, in]; X [groups, tokens, in]; G [groups, samples, token
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -45,6 +46,8 @@ DAMPING = 0.03  # of H, as a fraction of its mean diagonal: errors are not large
 POINTS = 512  # of a layer's curve
 PART = 16  # samples of one pass with gradients
 BISECTIONS = 80
+MOST_SHIFT = 0.05  # bits that what earlier layers missed may move a layer's rate by, if it is no more
+SLACK = 0.002  # than this of the whole budget, in bits per weight
 
 
 @dataclass(kw_only=True)
@@ -75,7 +78,8 @@ class Source:
 
 @dataclass(kw_only=True)
 class Budget:
-    """Rates that were planned and what of their sum is left; what a layer misses goes to those after it.
+    """Rates that were planned and what of their sum is left; what a layer misses goes to those after it, but
+    for the little that would move the last layers' rates by much where these are small.
 
     Codes that are learned after the layer was quantized take other bits than before: what that adds is paid
     for by the layers that come after, and expected of them too.
@@ -97,8 +101,14 @@ class Budget:
         if name not in self.rates:
             return otherwise
         growth = self.grown / self.trained if self.trained else 0.0
-        rate = self.rates[name] + self.carried / self.left - growth
+        rate = self.rates[name] + self._shift() - growth
         return min(max(rate, LOWEST_RATE), self.most_bits)
+
+    def _shift(self) -> float:
+        """What is carried, over all weights to come: to MOST_SHIFT, or until the total misses by SLACK."""
+        size = abs(self.carried)
+        needed = (size - SLACK * sum(self.counts.values())) / self.left
+        return math.copysign(min(size / self.left, max(MOST_SHIFT, needed)), self.carried)
 
     def spend(self, name: str, stored_bits: int) -> None:
         """Enter what the layer took."""
