@@ -107,19 +107,21 @@ def model_rows(directory: Path) -> pd.DataFrame:
         seconds = time.perf_counter() - started
         seconds_of_all += seconds
         stored = 8 * sum(t.numel() * t.element_size() for t in tensors.values()) / codes.numel()
-        estimate = entropy(codes.numpy().astype(np.int64))
+        matrix = codes.flatten(0, 1).numpy().astype(np.int64)
+        estimate = entropy(matrix)
+        others = huffman_bits(matrix), zstd_bits(matrix)
         speed = codes.numel() / 1e6 / seconds
-        table.append((name, codes.numel(), stored, estimate, stored - estimate, speed))
-    columns = ["layer", "weights", "stored", "pooled entropy", "gap", "decode, M/s"]
+        table.append((name, codes.numel(), stored, estimate, stored - estimate, *others, speed))
+    columns = ["layer", "weights", "stored", "pooled entropy", "gap", "Huffman", "zstd", "decode, M/s"]
     frame = pd.DataFrame(table, columns=columns)
     if frame.empty:
         raise InputError(f"{directory} has no entropy-coded layer; save a model made with grid=entropy")
     weights = frame["weights"]
-    means = [float((frame[c] * weights).sum() / weights.sum()) for c in columns[2:5]]
+    means = [float((frame[c] * weights).sum() / weights.sum()) for c in columns[2:7]]
     total, speed = weights.sum(), weights.sum() / 1e6 / seconds_of_all
     frame.loc[len(frame)] = ["all", total, *means, speed]
     directory = 8 * (packed_file.file_bytes(facts, packed) - packed_file.packed_bytes(packed)) / total
-    frame.loc[len(frame)] = ["file", total, means[0] + directory, means[1], means[2] + directory, speed]
+    frame.loc[len(frame)] = ["file", total, means[0] + directory, means[1], means[2] + directory, *means[3:], speed]
     return frame
 
 
@@ -134,7 +136,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder of a saved model; nothing else is done then")
     options = parser.parse_args()
     if options.model is not None:
-        print(model_rows(options.model).to_markdown(index=False, floatfmt=("", ",.0f", *[".4f"] * 3, ".1f")))
+        print(model_rows(options.model).to_markdown(index=False, floatfmt=("", ",.0f", *[".4f"] * 5, ".1f")))
         return
     table = rows(options.size, options.tokens, options.bits, options.pairs)
     print(table.to_markdown(index=False, floatfmt=("g", "", *[".4f"] * 8, ".1f", ".1f", ".1f")))

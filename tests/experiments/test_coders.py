@@ -32,6 +32,7 @@ def test_the_streams_of_a_saved_model(model, tmp_path) -> None:
     size = (folder / "quantized.safetensors").stat().st_size
     assert file["stored"] * file["weights"] == pytest.approx(8 * size)
     assert file["gap"] - total["gap"] == pytest.approx(8 * (size - quantized_bytes(folder)) / file["weights"])
+    assert total["Huffman"] > total["pooled entropy"]
     assert total["gap"] == pytest.approx(total["stored"] - total["pooled entropy"])
 
 
