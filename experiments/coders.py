@@ -121,7 +121,8 @@ def model_rows(directory: Path) -> pd.DataFrame:
     total, speed = weights.sum(), weights.sum() / 1e6 / seconds_of_all
     frame.loc[len(frame)] = ["all", total, *means, speed]
     directory = 8 * (packed_file.file_bytes(facts, packed) - packed_file.packed_bytes(packed)) / total
-    frame.loc[len(frame)] = ["file", total, means[0] + directory, means[1], means[2] + directory, *means[3:], speed]
+    stored, estimate, gap, *others = means
+    frame.loc[len(frame)] = ["file", total, stored + directory, estimate, gap + directory, *others, speed]
     return frame
 
 
