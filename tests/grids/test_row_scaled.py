@@ -51,7 +51,7 @@ def test_rows_and_columns_together(choice) -> None:
 
 
 def test_tuning_may_train_both(choice) -> None:
-    W = random_problem(5, 8).W.float()
+    W = random_problem(5, 96).W.float()  # wide enough to pay for row scales
     grid = choice("grid", "entropy_rows").fit(W, 3)
     codes = grid.round(W)
     parameters = {name: p.clone().requires_grad_() for name, p in grid.parameters().items()}
