@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ptq.allocation import Bits
-from ptq.batchnorm import reestimate
+from ptq.batchnorm import readers, reestimate, take_up_biases
 from ptq.block_problem import BlockProblem
 from ptq.calibration import Calibration, Inputs, NoCalibration, Statistics, Target
 from ptq.capture import output_gradients, unit_calls, unit_outputs
@@ -146,6 +146,9 @@ class Walk:
             doubled=doubled_weights(adapter, self.allocation),
         )
         self.errors = LayerErrors(report=self.report, limits=isinstance(calibration, Calibration))
+        self.norms: dict[str, str] = {}  # that take up the biases which layers are given
+        if isinstance(calibration, Calibration) and calibration.bias_correction:
+            self.norms = readers(adapter, self.batches[0], self.plan)
         if self.budget is not None:
             self.report.seconds["allocate"] = time.perf_counter() - started
         if self.mixed is not None:
@@ -266,6 +269,7 @@ class Walk:
         if self.wants.network:
             self._remeasure(set(layers))
         self.errors.measure(self.student, layers)
+        take_up_biases(self.student, self.norms, self.report)
         self.report.warn_of_undecided()
         return self.report
 

@@ -214,7 +214,7 @@ def test_bias_correction_restores_mean_outputs(mixed, choice, bits: str, case: s
     x = X + 0.5
     settings = choice("calibration", "default", bias_correction=True, **overrides)
     quantized, report = ptq.quantize_model(mixed, [x[:4], x[4:]], "rtn", bits=bits, settings=settings)
-    assert [layer.name for layer in report.layers if layer.added_bias] == ["conv", "linear"]
+    assert [layer.name for layer in report.layers if layer.added_bias] == ["linear"]
     for name, layer in quantized.named_children():
         if not isinstance(layer, QuantizedLayer):
             continue
@@ -223,7 +223,10 @@ def test_bias_correction_restores_mean_outputs(mixed, choice, bits: str, case: s
         wanted = received(mixed, name, [x]) if case == "float_path" else arrived
         with torch.no_grad():
             dims = (0, 2, 3) if arrived.dim() == 4 else (0,)
-            assert_close(layer(arrived).mean(dims), original(wanted).mean(dims), rtol=1e-4, atol=1e-5)
+            given, asked = layer(arrived), original(wanted)
+            if name == "conv":  # the norm that reads it took its bias up
+                given, asked = quantized.norm(given), mixed.norm(asked)
+            assert_close(given.mean(dims), asked.mean(dims), rtol=1e-4, atol=1e-5)
     stored = sum(sum(layer.storage_bits.values()) for layer in report.layers)
     stored += sum(q.storage_bits() for q in quantizers(quantized).values() if q is not None)
     stored += 32 * sum(p.numel() for n, p in quantized.named_parameters() if "input_quantizer" not in n)

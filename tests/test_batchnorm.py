@@ -1,10 +1,10 @@
-"""BatchNorm re-estimation against statistics taken by hand."""
+"""BatchNorm after quantization: biases taken up, and statistics taken by hand."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 import ptq
@@ -27,6 +27,37 @@ def test_statistics_are_those_of_the_quantized_network(choice) -> None:
     assert report.seconds["reestimate_batchnorm"] > 0
     plain, _ = ptq.quantize_model(module, batches, "rtn", bits=2)
     assert torch.equal(plain[1].running_mean, module[1].running_mean)
+
+
+class Residual(nn.Module):
+    """Two layers without bias, of which a BatchNorm alone reads the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3, bias=False), nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.norm1, self.norm2 = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(self.norm1(self.first(x)).relu())
+        return self.norm2(y) + y
+
+
+def test_a_norm_takes_up_the_bias_of_the_layer_that_it_alone_reads(choice, monkeypatch) -> None:
+    torch.manual_seed(0)
+    module, x = Residual().eval(), torch.randn(8, 3, 6, 6) + 1
+    settings = choice("calibration", "default", bias_correction=True)
+    made, report = ptq.quantize_model(module, [x], "rtn", bits=2, settings=settings)
+    monkeypatch.setattr("ptq.walk.readers", lambda *_: {})
+    kept, wide = ptq.quantize_model(module, [x], "rtn", bits=2, settings=settings)
+    assert made.first.bias is None
+    assert_close(made.norm1.running_mean, module.norm1.running_mean - kept.first.bias)
+    assert float(kept.first.bias.abs().min()) > 0
+    assert_close(made(x), kept(x))
+    assert [layer.name for layer in report.layers if layer.added_bias] == ["second"]
+    assert [layer.name for layer in wide.layers if layer.added_bias] == ["first", "second"]
+    parameters = sum(p.numel() for p in module.parameters())
+    saved = (wide.model_bits_per_coefficient(kept) - report.model_bits_per_coefficient(made)) * parameters
+    assert saved == pytest.approx(4 * 32)
 
 
 @pytest.mark.parametrize("folded", [False, True])
