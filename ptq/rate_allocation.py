@@ -82,7 +82,8 @@ class Budget:
     for the little that would move the last layers' rates by much where these are small.
 
     Codes that are learned after the layer was quantized take other bits than before: what that adds is paid
-    for by the layers that come after, and expected of them too.
+    for by the layers that come after, and expected of them too; what is expected stays reserved until the
+    layer was trained, and does not go to others of its unit.
     """
 
     rates: dict[str, float]  # bits per weight of every layer that shares the budget
@@ -92,15 +93,19 @@ class Budget:
     grown: float = 0.0  # bits that training has added to layers so far
     trained: int = 0  # weights of these
     left: int = field(init=False)  # weights still to come
+    reserved: dict[str, float] = field(default_factory=dict)  # bits that layers are still to grow by
 
     def __post_init__(self) -> None:
         self.left = sum(self.counts.values())
 
-    def ask(self, name: str, otherwise: float) -> float:
-        """Rate for the layer that comes next; `otherwise` for one outside the budget."""
+    def ask(self, name: str, otherwise: float, *, trained: bool = False) -> float:
+        """Rate for the layer that comes next, whose codes may be `trained` then; `otherwise` for one outside
+        the budget.
+        """
         if name not in self.rates:
             return otherwise
-        growth = self.grown / self.trained if self.trained else 0.0
+        growth = self.grown / self.trained if trained and self.trained else 0.0
+        self.reserved[name] = growth * self.counts[name]
         rate = self.rates[name] + self._shift() - growth
         return min(max(rate, LOWEST_RATE), self.most_bits)
 
@@ -113,13 +118,13 @@ class Budget:
     def spend(self, name: str, stored_bits: int) -> None:
         """Enter what the layer took."""
         if name in self.rates:
-            self.carried += self.rates[name] * self.counts[name] - stored_bits
+            self.carried += self.rates[name] * self.counts[name] - stored_bits - self.reserved.get(name, 0.0)
             self.left -= self.counts[name]
 
     def grow(self, name: str, bits: int) -> None:
         """Enter what training added to the layer."""
         if name in self.rates:
-            self.carried -= bits
+            self.carried += self.reserved.pop(name, 0.0) - bits
             self.grown += bits
             self.trained += self.counts[name]
 

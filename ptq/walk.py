@@ -376,7 +376,8 @@ class Walk:
             width = self.allocation[name]
             assert width is not None
             if self.budget is not None:
-                width = self.budget.ask(name, width)
+                trained = self.wants.blocks and self._reconstructs(unit)
+                width = self.budget.ask(name, width, trained=trained)
             W = weight_matrix(layer).float()
             found = statistics.get(name)
             if isinstance(self.calibration, Calibration):

@@ -97,9 +97,9 @@ def test_what_a_layer_misses_goes_to_those_after_it() -> None:
     budget.spend("a", 190)
     assert budget.ask("outside", 7) == 7
     budget.spend("outside", 10**6)
-    assert budget.ask("b", 7) == pytest.approx(1.1 - SLACK * 200 / 100)
+    assert budget.ask("b", 7, trained=True) == pytest.approx(1.1 - SLACK * 200 / 100)
     budget.spend("b", 55)
-    assert budget.ask("c", 7) == pytest.approx(1.1 - SLACK * 200 / 50)
+    assert budget.ask("c", 7, trained=True) == pytest.approx(1.1 - SLACK * 200 / 50)
 
 
 @pytest.mark.parametrize("missed", [-144, 0, 20, 250, 700])
@@ -121,13 +121,33 @@ def test_what_training_adds_is_paid_for_and_expected() -> None:
     budget.spend("a", 200)
     budget.grow("a", 10)
     # a's debt, and what b will grow by
-    assert budget.ask("b", 7) == pytest.approx(2.0 - (10 - SLACK * 200) / 100 - 0.1)
+    assert budget.ask("b", 7, trained=True) == pytest.approx(2.0 - (10 - SLACK * 200) / 100 - 0.1)
     budget.spend("b", 90)
     budget.grow("b", 5)
     after = 2.0 - (5 - SLACK * 200) / 50 - 0.1
-    assert budget.ask("c", 7) == pytest.approx(after)
+    assert budget.ask("c", 7, trained=True) == pytest.approx(after)
     budget.grow("outside", 10**6)
-    assert budget.ask("c", 7) == pytest.approx(after)
+    assert budget.ask("c", 7, trained=True) == pytest.approx(after)
+
+
+def test_what_a_layer_is_to_grow_by_does_not_go_to_others_of_its_unit() -> None:
+    counts = {"a": 1000, "b": 100, "c": 100}
+    budget = Budget(rates=dict.fromkeys(counts, 2.0), counts=counts, most_bits=16)
+    budget.spend("a", 1800)
+    budget.grow("a", 200)
+    for name in ("b", "c"):  # one unit: both are quantized, then both are trained
+        assert budget.ask(name, 7, trained=True) == pytest.approx(1.8)
+        budget.spend(name, 180)
+    for name in ("b", "c"):
+        budget.grow(name, 20)
+    assert budget.carried == pytest.approx(0)
+
+
+def test_a_layer_that_is_not_trained_is_not_expected_to_grow() -> None:
+    budget = Budget(rates={"a": 2.0, "b": 2.0}, counts={"a": 100, "b": 100}, most_bits=16)
+    budget.spend("a", 180)
+    budget.grow("a", 20)
+    assert budget.ask("b", 7) == pytest.approx(2)
 
 
 class Scaled(nn.Module):
