@@ -32,6 +32,7 @@ from ptq.solvers.error_feedback import output_weight
 from ptq.storage import pack_parameter, unpack_parameter
 
 SAMPLE = 2**16  # weights that the first step is estimated from
+NEWTON_STEPS = 50  # at most, for that step; about eight are taken
 FARTHEST_OCTAVE = 40  # of a unit's step from the layer's
 MOST_ROW_BITS = 0.25  # per weight that scales of rows may take: rows of few inputs go without
 ROW_SCALE_BITS = 16  # of rows=largest
@@ -227,17 +228,29 @@ def _step_for(x: Tensor, bits: float, dead: Tensor) -> float:
     mean = float(square.mean())
     if mean <= 0:
         return 1.0
-    variance = square.mean(-1, keepdim=True) * square.mean(-2, keepdim=True)
-    variance = variance / square.mean((-2, -1), keepdim=True).clamp_min(1e-300)
+    rows, columns = x.shape[1:]
+    every = max(1, int((~dead).sum()) * rows // SAMPLE)
+    kept = torch.arange(0, x.numel(), every, device=x.device)
     if bool(dead.any()):
-        variance = variance[~dead[:, None].expand_as(variance)]
-    variance = variance.reshape(-1)[:: max(1, variance.numel() // SAMPLE)]
-    low, high = -60.0, 60.0  # log2 of the step over the root mean square
-    for _ in range(40):
-        middle = (low + high) / 2
-        rate = 0.5 * torch.log2(1 + 2 * math.pi * math.e * variance / (mean * 4.0**middle)).mean()
-        low, high = (middle, high) if float(rate) > bits else (low, middle)
-    return mean**0.5 * 2.0**low
+        kept = (~dead[:, None]).expand(x.shape).reshape(-1).nonzero()[::every, 0]
+    group, row, column = kept // (rows * columns), kept // columns % rows, kept % columns
+    variance = square.mean(-1)[group, row] * square.mean(-2)[group, column]
+    variance = variance / square.mean((-2, -1)).clamp_min(1e-300)[group]
+    if not bool((variance > 0).any()):
+        return mean**0.5
+    # Newton's method for the step's log2 over the root mean square; the rate is convex in it, and from where
+    # it would be without the 1, which is below, the iterates rise to the root
+    size = 2 * math.pi * math.e * variance[variance > 0] / mean
+    share = len(size) / len(variance)
+    octave = float(0.5 * size.log2().mean()) - bits / share
+    for _ in range(NEWTON_STEPS):
+        ratio = size * 4.0**-octave
+        excess = share * float(0.5 * torch.log2(1 + ratio).mean()) - bits
+        step = excess / (share * float((ratio / (1 + ratio)).mean()))
+        octave += step
+        if abs(step) < 1e-9:
+            break
+    return mean**0.5 * 2.0**octave
 
 
 @dataclass(kw_only=True, slots=True)

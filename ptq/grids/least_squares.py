@@ -27,16 +27,15 @@ def normal_equations(
         blocks = [[torch.diag_embed((A * B) @ indicator) for B in basis] for A in weighted]
         M = torch.cat([torch.cat([b.expand(*W.shape[:-1], -1, -1) for b in row], -1) for row in blocks], -2)
         return M, torch.cat([(W * A) @ indicator for A in weighted], -1)
-    WH = W @ H  # [groups, out, in]
-    v = torch.cat([(WH * B) @ indicator for B in basis], -1)
-    rows = []
+    rows, sides = [], []
     for A in basis:
         for unit in range(units):
             columns = slice(unit * (group_size or in_features), (unit + 1) * (group_size or in_features))
             AH = A[..., columns] @ H[..., columns, :]  # [groups, out or 1, in]
             rows.append(torch.cat([((AH * B) @ indicator).expand(*W.shape[:-1], -1) for B in basis], -1))
+            sides.append((AH * W).sum(-1))
     M = torch.stack(rows, -2)
-    return (M + M.mT) / 2, v
+    return (M + M.mT) / 2, torch.stack(sides, -1)
 
 
 def solve_ridged(M: Tensor, v: Tensor, start: Tensor) -> Tensor:
