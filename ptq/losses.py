@@ -80,13 +80,13 @@ def channel_dim(x: Tensor) -> int:
     return 1 if x.dim() == 4 else -1
 
 
-def energy(targets: Iterable[Tensor]) -> float:
-    """Mean over samples and positions of Σ |target|² over channels; 1 where that is 0."""
-    total, positions = 0.0, 0
+def mean_square(targets: Iterable[Tensor]) -> float:
+    """Mean of |target|² over everything; 1 where that is 0."""
+    total, count = 0.0, 0
     for t in targets:
         total += float(t.double().square().sum())
-        positions += t.numel() // max(1, t.shape[channel_dim(t)])
-    return total / positions if total > 0 else 1.0
+        count += t.numel()
+    return total / count if total > 0 else 1.0
 
 
 def unit_mean(weights: list[Tensor]) -> list[Tensor]:

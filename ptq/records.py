@@ -36,6 +36,7 @@ LATER: dict[str, Any] = {
     "calibration.jitter": 0.4,
     "method.fisher_rank": 15,
     "method.low_rank_fraction": 0.5,
+    "method.relative_regularisation": False,
     "eval.integers": False,
 }
 

@@ -97,7 +97,8 @@ class Report:
             log.warning(
                 "learned rounding left up to %.0f %% of a layer's weights (unit %s; mean over %d units: "
                 "%.0f %%) between two codes, so that the hard codes are not what was trained; take more "
-                "method.iterations, or a larger method.rounding_rate or method.regularisation",
+                "method.iterations, a larger method.rounding_rate or method.regularisation, or "
+                "method.relative_regularisation=true where outputs are large",
                 100 * left[worst],
                 worst,
                 len(left),

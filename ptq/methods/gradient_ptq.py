@@ -28,7 +28,7 @@ from ptq.descent import Descent, Optimizer, Schedule
 from ptq.errors import InputError, suggestion
 from ptq.grids.grid import Grid
 from ptq.layer_reconstruction import reconstruct_layer
-from ptq.losses import Loss
+from ptq.losses import Loss, mean_square
 from ptq.methods.method import GridSpec, LayerMethod, Wants
 from ptq.models.adapter import ModelAdapter
 from ptq.problem import LayerProblem
@@ -64,6 +64,9 @@ class GradientPTQ:
     fisher_rank: int  # directions of loss=fisher_low_rank, fewer where the gradients have a smaller rank
     low_rank_fraction: float  # of loss=fisher_low_rank: weight of the directions; the diagonal has the rest
     regularisation: float  # λ of relaxation=sigmoid, for a loss of the size that l2 has at the start
+    # λ in units of the mean square of what the unit shall give, per channel: its weight does not hang on the
+    # size of outputs, which is 1 for few networks without norms
+    relative_regularisation: bool
     beta: list[float]  # its exponent, after the warm-up and at the end
     warmup: float  # fraction of the iterations without it
     soft_fractions: list[float]  # of relaxation=progressive: still soft in each of as many parts of the run
@@ -144,12 +147,15 @@ class GradientPTQ:
         """Whether parts of the network are reconstructed, each from its own inputs."""
         return self.unit in (Unit.block, Unit.stage)
 
-    def recipe(self) -> Recipe:
-        """The part of the configuration that is about training alone."""
+    def recipe(self, mean_square: float = 1.0) -> Recipe:
+        """The part of the configuration that is about training alone. `mean_square` is that of the target,
+        per channel.
+        """
+        unit = mean_square if self.relative_regularisation else 1.0
         return Recipe(
             softening=Softening(
                 kind=self.relaxation,
-                regularisation=self.regularisation,
+                regularisation=self.regularisation * unit,
                 beta=(self.beta[0], self.beta[-1]),
                 warmup=self.warmup,
                 soft_fractions=self.soft_fractions,
@@ -197,8 +203,9 @@ class GradientPTQ:
         codes, fitted = first.quantize_layer(problem, grid, bits, group_size)
         if self.unit is not Unit.layer:
             return codes, fitted
+        recipe = self.recipe(float(problem.error(torch.zeros_like(problem.T)).mean()))
         with torch.enable_grad():
-            codes, fitted, tuned = reconstruct_layer(problem, fitted, codes, self.recipe(), self.seed)
+            codes, fitted, tuned = reconstruct_layer(problem, fitted, codes, recipe, self.seed)
         problem.trained.append((codes, tuned))
         return codes, fitted
 
@@ -228,7 +235,7 @@ class GradientPTQ:
             trainer = Trainer(
                 problem.block,
                 problem.original,
-                self.recipe(),
+                self.recipe(mean_square(targets)),
                 name=problem.name,
                 seed=problem.seed + self.seed,
             )
@@ -258,5 +265,6 @@ class GradientPTQ:
             loss = NetworkLoss(
                 adapter, teacher, samples, kind=self.loss, p=self.p, batch_size=self.batch_size, device=device
             )
-            trainer = Trainer(adapter.module, teacher, self.recipe(), name="network", seed=seed + self.seed)
+            recipe = self.recipe(mean_square(wanted for _, wanted in loss.pieces))
+            trainer = Trainer(adapter.module, teacher, recipe, name="network", seed=seed + self.seed)
             return trainer.run(loss.pieces, loss.training, loss.training, resume=resume, progress=progress)
