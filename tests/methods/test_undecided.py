@@ -47,7 +47,13 @@ def test_relative_regularisation_does_not_hang_on_the_size_of_outputs(unit: str)
         torch.manual_seed(0)
         module, x = Homogeneous().eval(), torch.randn(64, 12)
     name = "adaround" if unit == "layer" else "brecq"
-    settings = {"iterations": 200, "rounding_rate": 0.1, "batch_size": 64, "unit": unit, "float_target": False}
+    settings = {
+        "iterations": 200,
+        "rounding_rate": 0.1,
+        "batch_size": 64,
+        "unit": unit,
+        "float_target": False,
+    }
 
     def learned(size: float, relative: bool) -> tuple[list[Tensor], float]:
         quantized, report = ptq.quantize_model(
