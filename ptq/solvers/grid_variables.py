@@ -15,6 +15,7 @@ from ptq.grids.affine import AffineGrid
 from ptq.grids.grid import Grid
 
 SMALLEST_SIZE = 0.1  # of a parameter's own step, in root mean squares of its tensor
+LEAST_STEP = 1e-30  # that is trained by its range
 
 
 class GridForm(Enum):
@@ -68,19 +69,22 @@ class GridVariables:
         """Low and high end of each unit times 1 + variable; an integer zero point is rounded anew."""
         low_factor, high_factor = 1 + self.variables["low"], 1 + self.variables["high"]
         steps = start.code_max - start.code_min
-        if start.offset is not None:
-            shift = start.offset
-        elif start.zero_point is not None:
-            shift = -start.scale * start.zero_point
-        else:
+        if start.offset is None and start.zero_point is None:
             return replace(start, scale=start.scale * high_factor)
+        # rows so small that steps of parts of theirs underflow stay as they are
+        alive = start.scale.abs() > LEAST_STEP
+        step = torch.where(alive, start.scale, torch.ones_like(start.scale))
+        shift = start.offset if start.zero_point is None else -step * start.zero_point
+        assert shift is not None
         low = shift * low_factor
-        scale = ((shift + start.scale * steps) * high_factor - low) / steps
-        scale = torch.where(scale.abs() < 1e-3 * start.scale.abs(), 1e-3 * start.scale, scale)
-        if start.offset is not None:
-            return replace(start, scale=scale, offset=low)
+        scale = ((shift + step * steps) * high_factor - low) / steps
+        scale = torch.where(scale.abs() < 1e-3 * step.abs(), 1e-3 * step, scale)
+        moved = torch.where(alive, scale, start.scale)
+        if start.zero_point is None:
+            return replace(start, scale=moved, offset=torch.where(alive, low, shift))
         exact = -low / scale
-        return replace(start, scale=scale, zero_point=exact.round() + (exact - exact.detach()))
+        exact = exact.round() + (exact - exact.detach())
+        return replace(start, scale=moved, zero_point=torch.where(alive, exact, start.zero_point))
 
     @torch.no_grad()
     def advance(self) -> None:

@@ -397,3 +397,23 @@ def test_the_low_rank_loss_is_the_fishers_quadratic_form_and_the_diagonal_its_ow
 def test_wrong_settings(overrides: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         build(load_choice("method", "adaround", **overrides), "method")
+
+
+@pytest.mark.parametrize("name", ["affine", "affine_float", "symmetric"])
+def test_ranges_of_rows_that_all_but_vanish_stay_finite(choice, name: str) -> None:
+    """Weight decay leaves dead rows of 1e-40, whose steps have no thousandth part."""
+    W = torch.randn(1, 4, 20, generator=torch.Generator().manual_seed(0))
+    W[:, 1] *= 1e-40
+    variables = GridVariables(choice("grid", name).fit(W, 2), GridForm.range, trained=True)
+    trained = variables.requires_grad()
+    with torch.no_grad():
+        for v in trained:
+            v.fill_(-1.0)
+    grid = variables.grid()
+    assert all(bool(torch.isfinite(p).all()) for p in grid.parameters().values())
+    values = grid.values(grid.round(W))
+    assert bool(torch.isfinite(values).all())
+    values.sum().backward()
+    assert all(v.grad is None or bool(torch.isfinite(v.grad).all()) for v in trained)
+    stored = variables.stored()
+    stored.storage(stored.round(W))
