@@ -146,11 +146,11 @@ class Walk:
             doubled=doubled_weights(adapter, self.allocation),
         )
         self.errors = LayerErrors(report=self.report, limits=isinstance(calibration, Calibration))
+        if self.budget is not None:
+            self.report.seconds["allocate"] = time.perf_counter() - started
         self.norms: dict[str, str] = {}  # that take up the biases which layers are given
         if isinstance(calibration, Calibration) and calibration.bias_correction:
             self.norms = readers(adapter, self.batches[0], self.plan)
-        if self.budget is not None:
-            self.report.seconds["allocate"] = time.perf_counter() - started
         if self.mixed is not None:
             self.report.mixed_precision = self.mixed.facts
             self.report.seconds["allocate"] = self.mixed.facts["seconds"]

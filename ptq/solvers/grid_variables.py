@@ -15,7 +15,7 @@ from ptq.grids.affine import AffineGrid
 from ptq.grids.grid import Grid
 
 SMALLEST_SIZE = 0.1  # of a parameter's own step, in root mean squares of its tensor
-LEAST_STEP = 1e-30  # that is trained by its range
+LEAST_STEP = 1e-30  # of a row whose range is trained
 
 
 class GridForm(Enum):
