@@ -252,9 +252,14 @@ def apply_weight(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: dict[
         return F.linear(x, weight, bias)
     if geometry["kind"] == "conv1d":
         return F.linear(x, weight.t(), bias)
-    x = pad_input(x, geometry["padding_mode"], geometry["padding"])
+    left, right, top, bottom = geometry["padding"]
+    within = (0, 0)
+    if geometry["padding_mode"] == "zeros" and left == right and top == bottom:
+        within = (top, left)  # spares the copy of x, and that of its gradient
+    else:
+        x = pad_input(x, geometry["padding_mode"], geometry["padding"])
     stride = tuple(geometry["stride"])
-    return F.conv2d(x, weight, bias, stride, 0, geometry["dilation"], geometry["groups"])
+    return F.conv2d(x, weight, bias, stride, within, geometry["dilation"], geometry["groups"])
 
 
 def row_type(geometry: dict[str, Any]) -> torch.dtype | None:

@@ -224,7 +224,8 @@ class ConvTokenizer(nn.Module):
         return nn.Sequential(conv, nn.ReLU(), nn.MaxPool2d(3, stride=2, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv_layers(x).flatten(2).transpose(1, 2)  # [images, 64, width]
+        tokens = self.conv_layers(x).flatten(2).transpose(1, 2)  # [images, 64, width]
+        return tokens.contiguous()  # sums would keep the order, and each norm would copy
 
 
 class SequencePoolClassifier(nn.Module):
