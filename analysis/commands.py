@@ -26,7 +26,8 @@ GROUPS = (
     "eval",
 )
 
-ROOT = {"seed": 0, "device": "auto", "tf32": False}  # with what they are where a command leaves them out
+# with what they are where a command leaves them out
+ROOT = {"seed": 0, "device": "auto", "tf32": False, "bfloat16": False}
 
 
 def command(record: Record) -> str:

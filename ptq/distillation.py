@@ -22,6 +22,7 @@ from tqdm import tqdm
 from ptq.errors import InputError
 from ptq.models.adapter import ModelAdapter
 from ptq.models.graph import ScaleGraph
+from ptq.precision import learning
 from ptq.report import TuningReport
 from ptq.resume import Resume
 
@@ -162,7 +163,8 @@ def distill(
                         targets = example(batch)
                 optimizer.zero_grad(set_to_none=True)
                 with torch.enable_grad():
-                    value = loss(batch, targets)
+                    with learning():
+                        value = loss(batch, targets)
                     value.backward()
                 optimizer.step()
                 run.losses.append(float(value.detach()))

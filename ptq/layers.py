@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from ptq.activations import ActivationQuantizer
 from ptq.grids.grid import Grid
 from ptq.models.adapter import is_embedding, is_quantizable
+from ptq.precision import in_bfloat16
 
 
 def weight_matrix(layer: nn.Module) -> Tensor:
@@ -246,6 +247,12 @@ def apply_weight(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: dict[
     dtype = row_type(geometry)
     if dtype is not None:
         return F.embedding(x, weight.to(dtype))
+    if x.dtype is torch.float32 and in_bfloat16():
+        return _product(x.bfloat16(), weight, bias, geometry).float()
+    return _product(x, weight, bias, geometry)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: dict[str, Any]) -> Tensor:
     weight = weight.to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     if geometry["kind"] == "linear":

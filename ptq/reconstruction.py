@@ -22,6 +22,7 @@ from ptq.descent import Descent, Schedule, Stepper
 from ptq.errors import InputError
 from ptq.grids.grid import Grid
 from ptq.layers import QuantizedLayer, apply_weight, names_of, replace_module, shaped, weight_matrix
+from ptq.precision import learning
 from ptq.report import TuningReport
 from ptq.resume import Resume
 from ptq.solvers.grid_variables import GridForm, GridVariables
@@ -253,7 +254,9 @@ class Trainer:
                 if run.step % len(pieces) == 0:
                     order.copy_(torch.randperm(len(pieces), generator=self.generator))
                 piece = pieces[int(order[run.step % len(pieces)])]
-                if not run.record(self._step(stepper, run.step, loss(piece))):
+                with learning():
+                    value = loss(piece)
+                if not run.record(self._step(stepper, run.step, value)):
                     break
                 if run.step in checks:
                     self._check(pieces, plain, changing, best, numbers)

@@ -28,6 +28,7 @@ IGNORED = (
 # keys that came later, with the value that all jobs before them had
 LATER: dict[str, Any] = {
     "tf32": False,
+    "bfloat16": False,
     "model.skip_embeddings": True,
     "calibration.balance": False,
     "calibration.image_augmentation": [],

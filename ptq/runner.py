@@ -71,6 +71,7 @@ class Settings:
     progress: bool
     dry_run: bool
     tf32: bool
+    bfloat16: bool
     save_model: bool
     save_every_s: float
     rerun: bool
@@ -151,7 +152,7 @@ def run(config: DictConfig, choices: dict[str, str]) -> dict[str, Any]:
         "versions": versions(),
     }
     try:
-        with isolated_seed(settings.seed), products(tf32=settings.tf32):
+        with isolated_seed(settings.seed), products(tf32=settings.tf32, bfloat16=settings.bfloat16):
             _execute(config, settings, plain, directory, record)
         record["status"] = "done"
     except Exception as error:

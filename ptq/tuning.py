@@ -30,6 +30,7 @@ from ptq.errors import InputError
 from ptq.layers import QuantizedLayer, TrainableLayer, names_of, replace_module
 from ptq.models.adapter import QUANTIZABLE, ModelAdapter
 from ptq.plan import Call, first_tensor, map_tensors
+from ptq.precision import learning
 from ptq.report import TuningReport
 from ptq.resume import Resume
 from ptq.training import TrainingRun
@@ -322,7 +323,8 @@ class Tuning:
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * (cosine if self.schedule is Schedule.cosine else 1.0)
                 optimizer.zero_grad(set_to_none=True)
-                value = loss(piece)
+                with learning():
+                    value = loss(piece)
                 if not torch.isfinite(value):
                     return run
                 value.backward()

@@ -22,7 +22,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
 import ptq
-from ptq import walk
+from ptq import layers, walk
 from ptq.config import CONF_DIR, choices
 from ptq.errors import InputError
 from ptq.records import config_hash, write_json
@@ -333,6 +333,42 @@ def test_products_are_exact_unless_asked_for_and_always_in_solvers(
         seen["capture"].clear()
     assert hashes[0] != hashes[1]
     assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param(["method=brecq_fast", "method.iterations=60"], id="codes"),
+        pytest.param(["method=rtn", "tuning=block", "tuning.epochs=2"], id="block"),
+        pytest.param(["method=rtn", "tuning=network", "tuning.epochs=2"], id="network"),
+        pytest.param(["method=qft", "method.epochs=6"], id="qft"),
+    ],
+)
+def test_only_what_learns_multiplies_in_bfloat16_and_only_where_asked(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[bool, set[torch.dtype]] = {}
+    inner = layers._product
+
+    def spy(x: torch.Tensor, *args: Any) -> torch.Tensor:
+        seen.setdefault(torch.is_grad_enabled(), set()).add(x.dtype)
+        return inner(x, *args)
+
+    monkeypatch.setattr(layers, "_product", spy)
+    lost, hashes = {}, []
+    for asked in (False, True):
+        seen.clear()
+        job = config(tmp_path, f"bfloat16={asked}", "bits=w3", *overrides)
+        record = run(job, {**CHOICES, "method": overrides[0].removeprefix("method=")})
+        assert record["status"] == "done", record["error"]
+        learned = torch.bfloat16 if asked else torch.float32
+        assert seen == {True: {learned}, False: {torch.float32}}
+        lost[asked] = [unit["loss_after"] / unit["loss_before"] for unit in record["tuning"]]
+        hashes.append(record["config_hash"])
+    assert hashes[0] != hashes[1]
+    assert lost[True] != lost[False]
+    assert sum(lost[True]) == pytest.approx(sum(lost[False]), rel=0.05)
+    assert sum(lost[True]) < 0.95 * len(lost[True])
 
 
 def test_help_lists_the_choices_of_each_group() -> None:
