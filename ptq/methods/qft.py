@@ -35,7 +35,7 @@ from ptq.observers import InputObserver
 from ptq.plan import hooks
 from ptq.preparation import equalizing_factors, magnitudes, rescale, spread_inputs
 from ptq.rescaled_layers import RescaledLayer, SharedScales, reads_one_channel, taps_of
-from ptq.solvers.rank_one import Kernel, alternating_projection, fit_right, largest_right
+from ptq.solvers.rank_one import Kernel, alternating_projection, fit_right, largest_right, usable
 from ptq.whole_network import NetworkProblem, NetworkSolution
 
 EQUALIZATION_ROUNDS = 20
@@ -265,7 +265,7 @@ class QFT:
             if name in problem.start:
                 begun, codes = problem.start[name].grid_and_codes()
                 assert isinstance(begun, AffineGrid)
-                W, right = begun.values(codes).float(), begun.scale.float()
+                W, right = begun.values(codes).float(), usable(begun.scale.float())
             elif self.ranges is Ranges.mmse or (self.ranges is Ranges.mmse_low_bits and bits <= 4):
                 right = fit_right(W, left, low, high, shared=shared)
             else:

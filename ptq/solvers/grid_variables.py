@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ptq.grids.affine import AffineGrid
 from ptq.grids.grid import Grid
+from ptq.solvers.rank_one import LEAST_STEP
 
 SMALLEST_SIZE = 0.1  # of a parameter's own step, in root mean squares of its tensor
-LEAST_STEP = 1e-30  # of a row whose range is trained
 
 
 class GridForm(Enum):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 FACTORS = 33  # shrink factors of the largest weight that the first range is chosen from
 LEAST_FACTOR = 0.2
+LEAST_STEP = 1e-30  # what is finer underflows somewhere: rows that need such steps count as zeros
 
 
 @dataclass(kw_only=True)
@@ -38,10 +39,15 @@ class Kernel:
 
 
 def largest_right(W: Tensor, left: Tensor, code_max: int, *, shared: bool) -> Tensor:
-    """Right factors that just avoid clipping; 1 for rows of zeros. `left` is spread: [groups, 1, in]."""
+    """Right factors that just avoid clipping; 1 for rows of zeros, or nearly so. `left` is spread: [groups, 1, in]."""
     V = (W / left).abs()
     largest = V.amax().reshape(1, 1, 1) if shared else V.amax(-1, keepdim=True)
-    return torch.where(largest > 0, largest / code_max, torch.ones_like(largest))
+    return usable(largest / code_max)
+
+
+def usable(steps: Tensor) -> Tensor:
+    """Steps with 1 in the place of those that are too fine to divide by."""
+    return torch.where(steps.abs() > LEAST_STEP, steps, torch.ones_like(steps))
 
 
 def fit_right(

@@ -303,6 +303,22 @@ def test_a_start_is_taken_over() -> None:
     assert_close(student(batches[0]), begun(batches[0]), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-40, 1e-32])
+@pytest.mark.parametrize("start", [None, "gptq"])
+def test_rows_that_all_but_vanish_are_rows_of_zeros(start: str | None, size: float) -> None:
+    """Weight decay leaves dead rows of 1e-40, whose steps underflow in a file's 16 bits."""
+    module, batches = network("vit")
+    query = module.get_submodule("blocks.0.attn.qkv")
+    with torch.no_grad():
+        query.weight[2] = size * torch.tensor([1.0, -1.0]).repeat(len(query.weight[2]) // 2)
+    student, _ = quantized(module, batches, bits="w2", start=start, units="ones")
+    assert bool(torch.isfinite(student(batches[0])).all())
+    quantized_query = student.get_submodule("blocks.0.attn.qkv")
+    grid, codes = quantized_query.grid_and_codes()
+    assert float(quantized_query.weight[2].abs().max()) < 1e-6
+    assert codes.min() >= -2 and codes.max() <= 1
+
+
 @pytest.mark.parametrize("units", ["ones", "equalize", "equalize_mmse", "alternating"])
 @pytest.mark.parametrize("name", ["resnet", "depthwise"])
 def test_steps_fit_the_weights_whatever_the_units_are(name: str, units: str) -> None:
