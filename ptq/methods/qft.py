@@ -265,7 +265,8 @@ class QFT:
             if name in problem.start:
                 begun, codes = problem.start[name].grid_and_codes()
                 assert isinstance(begun, AffineGrid)
-                W, right = begun.values(codes).float(), usable(begun.scale.float())
+                W = begun.values(codes).float()
+                right = usable(begun.scale.float() * (W != 0).any(-1, keepdim=True))
             elif self.ranges is Ranges.mmse or (self.ranges is Ranges.mmse_low_bits and bits <= 4):
                 right = fit_right(W, left, low, high, shared=shared)
             else:

@@ -39,15 +39,17 @@ class Kernel:
 
 
 def largest_right(W: Tensor, left: Tensor, code_max: int, *, shared: bool) -> Tensor:
-    """Right factors that just avoid clipping; 1 for rows of zeros, or nearly so. `left` is spread: [groups, 1, in]."""
+    """Right factors that just avoid clipping, any for rows of zeros. `left` is spread: [groups, 1, in]."""
     V = (W / left).abs()
     largest = V.amax().reshape(1, 1, 1) if shared else V.amax(-1, keepdim=True)
     return usable(largest / code_max)
 
 
 def usable(steps: Tensor) -> Tensor:
-    """Steps with 1 in the place of those that are too fine to divide by."""
-    return torch.where(steps.abs() > LEAST_STEP, steps, torch.ones_like(steps))
+    """Steps with the mean of the others, 1 without others, in the place of those too fine to divide by."""
+    fine = steps.abs() <= LEAST_STEP
+    others = steps[~fine].abs()
+    return torch.where(fine, others.mean() if len(others) else 1.0, steps)
 
 
 def fit_right(

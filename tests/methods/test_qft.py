@@ -315,8 +315,9 @@ def test_rows_that_all_but_vanish_are_rows_of_zeros(start: str | None, size: flo
     assert bool(torch.isfinite(student(batches[0])).all())
     quantized_query = student.get_submodule("blocks.0.attn.qkv")
     grid, codes = quantized_query.grid_and_codes()
-    assert float(quantized_query.weight[2].abs().max()) < 1e-6
-    assert codes.min() >= -2 and codes.max() <= 1
+    assert not bool(codes[0, 2].any())
+    assert not bool(quantized_query.weight[2].any())
+    assert float(grid.scale.max()) < 4 * float(grid.scale[0, 3:].mean())  # steps set the learning rate
 
 
 @pytest.mark.parametrize("units", ["ones", "equalize", "equalize_mmse", "alternating"])
