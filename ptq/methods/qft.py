@@ -266,7 +266,8 @@ class QFT:
                 begun, codes = problem.start[name].grid_and_codes()
                 assert isinstance(begun, AffineGrid)
                 W = begun.values(codes).float()
-                right = usable(begun.scale.float() * (W != 0).any(-1, keepdim=True))
+                live = (W != 0).any() if shared else (W != 0).any(-1, keepdim=True)
+                right = usable(begun.scale.float() * live)
             elif self.ranges is Ranges.mmse or (self.ranges is Ranges.mmse_low_bits and bits <= 4):
                 right = fit_right(W, left, low, high, shared=shared)
             else:

@@ -294,13 +294,14 @@ def test_an_interrupted_training_goes_on(choice, tmp_path: Path, monkeypatch: py
     assert torch.equal(again, whole)
 
 
-def test_a_start_is_taken_over() -> None:
+@pytest.mark.parametrize(("name", "grid"), [("qft", "symmetric"), ("qft_layer_wise", "symmetric_tensor")])
+def test_a_start_is_taken_over(name: str, grid: str) -> None:
     module, batches = network("resnet")
-    begun, _ = ptq.quantize_model(
-        module, batches, "gptq", grid="symmetric", bits=4, preparation="fold_batchnorm"
-    )
-    student, _ = quantized(module, batches, bits="w4", start="gptq", units="ones", epochs=0)
+    begun, _ = ptq.quantize_model(module, batches, "gptq", grid=grid, bits=4, preparation="fold_batchnorm")
+    student, _ = quantized(module, batches, name, grid=grid, bits="w4", start="gptq", units="ones", epochs=0)
     assert_close(student(batches[0]), begun(batches[0]), rtol=1e-3, atol=1e-4)
+    scales = [m.grid_and_codes()[0].scale for m in student.modules() if isinstance(m, QuantizedLayer)]
+    assert all((scale.numel() == 1) == (grid == "symmetric_tensor") for scale in scales)
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-45, 1e-40, 1e-32])
