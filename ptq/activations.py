@@ -74,15 +74,15 @@ class ActivationQuantizer(nn.Module):
         whole = None if zero_point is None else torch.atleast_1d(zero_point.detach()).round().int()
         self.register_buffer("zero_point", whole)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x̂, of the shape and type of x."""
+    def forward(self, x: Tensor, kept: Tensor | None = None) -> Tensor:
+        """x̂, of the shape and type of x; elements of the mask `kept` stay as they are."""
         if self.granularity is Granularity.token:
             dims = tuple(range(-min(self.token_dims, x.dim()), 0))
             values = x.detach().float()
             scale, zero_point = range_parameters(
                 values.amin(dims, keepdim=True), values.amax(dims, keepdim=True), self.bits, self.signed
             )
-            return fake_quantize(x, scale, zero_point, self.code_min, self.code_max)
+            return fake_quantize(x, scale, zero_point, self.code_min, self.code_max, kept)
         assert self.scale is not None
         own, there = list(self.scale.shape), list(x.shape)
         pairs = zip(reversed(own), reversed(there), strict=False)
@@ -91,7 +91,7 @@ class ActivationQuantizer(nn.Module):
                 f"activation scales {own} (granularity={self.granularity.value}) do not fit {there}; "
                 "calibrate on inputs of this shape, or share one scale: granularity=tensor"
             )
-        return fake_quantize(x, self.scale, self.zero_point, self.code_min, self.code_max)
+        return fake_quantize(x, self.scale, self.zero_point, self.code_min, self.code_max, kept)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ActivationQuantizer:
         """The scale follows the module to a device, not to another type: `.half()` spares it."""
@@ -166,22 +166,81 @@ def range_parameters(low: Tensor, high: Tensor, bits: int, signed: bool) -> tupl
 
 
 def fake_quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, code_min: int, code_max: int
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    code_min: int,
+    code_max: int,
+    kept: Tensor | None = None,
 ) -> Tensor:
-    """x̂ in x's type; computed in float32, with the gradients that the head of this file describes."""
+    """x̂ in x's type; computed in float32, with the gradients that the head of this file describes. Elements
+    of the mask `kept` stay as they are.
+    """
     zero = torch.zeros_like(scale) if zero_point is None else zero_point.to(scale.dtype)
-    low, high = (code_min - zero).detach(), (code_max - zero).detach()
-    if not (torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad)):
-        return torch.div(x, scale).round_().clamp_(low, high).mul_(scale).to(x.dtype)
-    if scale.requires_grad:
+    if torch.is_grad_enabled() and scale.requires_grad:
         damped: Any = _DampedGradient.apply
         scale = damped(scale, (x.numel() / scale.numel() * max(code_max, 1)) ** -0.5)
-    return (round_straight_through(torch.clamp(x / scale, low, high)) * scale).to(x.dtype)
+    return straight_through(x, scale, code_min - zero, code_max - zero, kept=kept).to(x.dtype)
 
 
-def round_straight_through(u: Tensor) -> Tensor:
-    """round(u) with the gradient of u."""
-    return u + (u.round() - u).detach()
+def straight_through(
+    x: Tensor,
+    scale: Tensor,
+    low: Tensor | float,
+    high: Tensor | float,
+    *,
+    kept: Tensor | None = None,
+    rounds: bool = True,
+) -> Tensor:
+    """scale · clip(round(x / scale)), where rounding has the derivative 1, so that clipping has 1 inside and
+    0 outside, and the derivative in the scale is code − x / scale inside and the code outside.
+
+    The limits are integers that broadcast against x. Elements of the mask `kept` stay as they are. Without
+    `rounds` everything is smooth but for clipping.
+    """
+    function: Any = _StraightThrough.apply
+    return function(x, scale, low, high, kept, rounds)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """One node with one mask in the place of a division, a clip, a rounding and a product."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        low: Any,
+        high: Any,
+        kept: Tensor | None,
+        rounds: bool,
+    ) -> Tensor:
+        u = x / scale
+        to_x, to_scale = ctx.needs_input_grad[:2]
+        inside = (u >= low) & (u <= high) if to_x or to_scale else None
+        change = None
+        if to_scale:
+            assert inside is not None
+            codes = (u.round() if rounds else u).clamp(low, high)
+            change = codes - u * inside
+            if kept is not None:
+                change = change.masked_fill_(kept, 0)
+        else:
+            codes = (u.round_() if rounds else u).clamp_(low, high)
+        quantized = codes.mul_(scale)
+        if kept is not None:
+            quantized = torch.where(kept, x.to(quantized.dtype), quantized)
+            inside = None if inside is None else inside.logical_or_(kept)
+        ctx.save_for_backward(inside if to_x else None, change)
+        ctx.shape, ctx.dtype = scale.shape, x.dtype
+        return quantized
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+        inside, change = ctx.saved_tensors
+        to_x = None if inside is None else (gradient * inside).to(ctx.dtype)
+        to_scale = None if change is None else (gradient * change).sum_to_size(ctx.shape)
+        return to_x, to_scale, None, None, None, None
 
 
 class _DampedGradient(torch.autograd.Function):

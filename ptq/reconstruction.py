@@ -126,12 +126,8 @@ class SoftLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.input_quantizer is not None:
-            rounded = self.input_quantizer(x)
-            if self.fixed is None and self.dropped > 0:
-                kept = torch.rand_like(x) < self.dropped
-                x = torch.where(kept, x, rounded)
-            else:
-                x = rounded
+            drops = self.fixed is None and self.dropped > 0
+            x = self.input_quantizer(x, torch.rand_like(x) < self.dropped if drops else None)
         return apply_weight(x, self.weight, self.bias, self.geometry)
 
     @torch.no_grad()

@@ -9,12 +9,10 @@ Shapes: W [groups, out, in]; right [groups, out, 1] or [1, 1, 1]; units [units].
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from ptq.activations import ActivationQuantizer
+from ptq.activations import ActivationQuantizer, straight_through
 from ptq.grids.affine import AffineGrid
 from ptq.layers import QuantizedLayer, apply_weight, geometry, shaped
 from ptq.models.graph import REAL, Channels
@@ -105,7 +103,7 @@ class RescaledLayer(nn.Module):
 
     def quantized_weight(self) -> Tensor:
         """The weights as they will be: [groups, out, in], differentiable in W and all scales."""
-        return _quantized(self.weight, self.scale(), self.code_min, self.code_max, self.rounds)
+        return straight_through(self.weight, self.scale(), self.code_min, self.code_max, rounds=self.rounds)
 
     def clipped_fraction(self) -> float:
         """Weights that the range cuts, of all."""
@@ -126,7 +124,7 @@ class RescaledLayer(nn.Module):
         half = 2 ** (self.activation_bits - 1)
         low, high = (-half, half - 1) if self.signed else (0, 2 * half - 1)
         zero_point = 0 if self.zero_point is None else int(self.zero_point)
-        return _quantized(x, scale, low - zero_point, high - zero_point, self.rounds)
+        return straight_through(x, scale, low - zero_point, high - zero_point, rounds=self.rounds)
 
     @torch.no_grad()
     def frozen(self, parameter_bits: int) -> QuantizedLayer:
@@ -163,30 +161,3 @@ class RescaledLayer(nn.Module):
             )
         layer = QuantizedLayer(tensors, facts, bias, quantizer)
         return layer.to(self.weight.device).train(self.training)
-
-
-def _quantized(x: Tensor, scale: Tensor, low: int, high: int, rounds: bool) -> Tensor:
-    function: Any = _StraightThrough.apply
-    return function(x, scale, low, high, rounds)
-
-
-class _StraightThrough(torch.autograd.Function):
-    """scale · clip(round(x / scale)), where rounding has the derivative 1, so that clipping has 1 inside and
-    0 outside, and the derivative in the scale is code − x / scale inside and the code outside.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, low: int, high: int, rounds: bool) -> Tensor:
-        u = x / scale
-        inside = (u >= low) & (u <= high)
-        codes = (u.round() if rounds else u).clamp(low, high)
-        ctx.save_for_backward(inside, codes - u * inside if scale.requires_grad else u.new_empty(0))
-        ctx.shape = scale.shape
-        return codes * scale
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        inside, change = ctx.saved_tensors
-        to_x = gradient * inside if ctx.needs_input_grad[0] else None
-        to_scale = (gradient * change).sum_to_size(ctx.shape) if ctx.needs_input_grad[1] else None
-        return to_x, to_scale, None, None, None

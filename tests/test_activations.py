@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -11,7 +12,13 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ptq import activations
-from ptq.activations import ActivationQuantizer, Granularity, fake_quantize, range_parameters
+from ptq.activations import (
+    ActivationQuantizer,
+    Granularity,
+    fake_quantize,
+    range_parameters,
+    straight_through,
+)
 from ptq.errors import InputError
 
 
@@ -123,7 +130,8 @@ def test_zero_and_what_is_on_the_grid_stay() -> None:
 
 @pytest.mark.parametrize("case", ["signed", "unsigned", "zero point"])
 def test_gradients_without_rounding_by_finite_differences(monkeypatch, case: str) -> None:
-    monkeypatch.setattr(activations, "round_straight_through", lambda u: u)
+    smooth = partial(activations.straight_through, rounds=False)
+    monkeypatch.setattr(activations, "straight_through", smooth)
     x = normal(3, 40).double().requires_grad_()
     scale = torch.tensor([0.31, 0.11, 0.07]).double().reshape(3, 1).requires_grad_()
     zero_point = torch.tensor([1, 2, 3]).reshape(3, 1) if case == "zero point" else None
@@ -145,6 +153,27 @@ def test_gradients_without_rounding_by_finite_differences(monkeypatch, case: str
             numeric = (ends[0] - ends[1]).detach() / (2 * h)
             assert_close(gradient.flatten()[index], numeric, rtol=1e-5, atol=1e-6)
     assert 0 < int((gradient_x == 0).sum()) < x.numel()
+
+
+@pytest.mark.parametrize("zero_point", [None, torch.tensor([2])])
+def test_one_node_does_what_its_parts_do(zero_point: Tensor | None) -> None:
+    """Division, clip, rounding, product and choice as separate operations are the reference."""
+    x, kept = normal(6, 50), normal(6, 50, seed=2) > 0.4
+    scale = torch.tensor([0.3])
+    low, high = (0, 7) if zero_point is None else (0 - zero_point, 7 - zero_point)
+
+    def parts(x: Tensor, scale: Tensor) -> Tensor:
+        u = torch.clamp(x / scale, *(torch.as_tensor(v).float() for v in (low, high)))
+        return torch.where(kept, x, (u + (u.round() - u).detach()) * scale)
+
+    found = []
+    for function in (parts, lambda x, scale: straight_through(x, scale, low, high, kept=kept)):
+        ends = (x.clone().requires_grad_(), scale.clone().requires_grad_())
+        y = function(*ends)
+        found.append((y, *torch.autograd.grad((y * normal(6, 50, seed=1)).sum(), ends)))
+    for expected, got in zip(*found, strict=True):
+        assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert_close(fake_quantize(x, scale, zero_point, 0, 7, kept), found[1][0].detach(), rtol=0, atol=0)
 
 
 def test_gradient_of_the_step_is_lsqs() -> None:
