@@ -28,6 +28,7 @@ from ptq.block_problem import BlockProblem
 from ptq.calibration import Calibration, NoCalibration
 from ptq.errors import InputError
 from ptq.layers import QuantizedLayer, TrainableLayer, names_of, replace_module
+from ptq.losses import mean_square
 from ptq.models.adapter import QUANTIZABLE, ModelAdapter
 from ptq.plan import Call, first_tensor, map_tensors
 from ptq.precision import learning
@@ -130,7 +131,7 @@ class Tuning:
         block, calls, targets = problem.block, problem.calls, problem.targets
         with Float32(block), torch.enable_grad():
             pieces = list(slices(block, calls, targets, self.batch_size))
-            scale = _mean_square(targets) if self.loss is Loss.relative_mse else 1.0
+            scale = mean_square(targets) if self.loss is Loss.relative_mse else 1.0
             device = next((t.device for t in [*block.parameters(), *block.buffers()]), torch.device("cpu"))
 
             def loss(piece: tuple[Call, Tensor]) -> Tensor:
@@ -171,7 +172,7 @@ class Tuning:
         if self.loss is Loss.relative_mse:
             assert teacher is not None
             with torch.no_grad():
-                scale = _mean_square([adapter.forward(teacher, x.to(device)) for x, _ in samples])
+                scale = mean_square([adapter.forward(teacher, x.to(device)) for x, _ in samples])
 
         def loss(piece: tuple[Tensor, Tensor | None]) -> Tensor:
             batch = map_tensors(piece[0], lambda t: t.to(device))
@@ -414,13 +415,6 @@ class Float32:
 
 def float32(value: Any) -> Any:
     return map_tensors(value, lambda t: t.float() if t.is_floating_point() else t)
-
-
-def _mean_square(tensors: Iterable[Tensor]) -> float:
-    total, count = 0.0, 0
-    for t in tensors:
-        total, count = total + float(t.double().square().sum()), count + t.numel()
-    return total / count if total > 0 else 1.0
 
 
 @torch.no_grad()
