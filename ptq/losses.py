@@ -54,6 +54,8 @@ class Loss(Enum):
         if self is Loss.kl:
             wanted, given = target.log_softmax(channels), output.log_softmax(channels)
             return (wanted.exp() * (wanted - given)).sum(channels).mean()
+        if self is Loss.l2:
+            return F.mse_loss(output, target) * target.shape[channels]
         difference = output - target
         if self is Loss.lp:
             return (difference.abs() + 1e-12).pow(p).sum(channels).mean()
@@ -62,8 +64,6 @@ class Loss(Enum):
             energies = target.square().flatten(1).sum(1)
             least = (1e-6 * energies.mean()).clamp_min(1e-30)  # a sample of zeros weighs no more than that
             return (square.flatten(1).sum(1) / energies.clamp_min(least)).mean()
-        if not self.reads_gradients:
-            return square.sum(channels).mean()
         assert fisher is not None
         diagonal = (square * fisher.diagonal).sum(channels).mean()
         if self is Loss.fisher_diagonal:
