@@ -229,7 +229,7 @@ class _StraightThrough(torch.autograd.Function):
             codes = (u.round_() if rounds else u).clamp_(low, high)
         quantized = codes.mul_(scale)
         if kept is not None:
-            quantized = torch.where(kept, x.to(quantized.dtype), quantized)
+            quantized.lerp_(x.to(quantized.dtype), kept.to(quantized.dtype))  # either; faster than where
             inside = None if inside is None else inside.logical_or_(kept)
         ctx.save_for_backward(inside if to_x else None, change)
         ctx.shape, ctx.dtype = scale.shape, x.dtype

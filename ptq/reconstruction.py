@@ -25,6 +25,7 @@ from ptq.layers import QuantizedLayer, apply_weight, names_of, replace_module, s
 from ptq.precision import learning
 from ptq.report import TuningReport
 from ptq.resume import Resume
+from ptq.seeding import coin_flips
 from ptq.solvers.grid_variables import GridForm, GridVariables
 from ptq.solvers.soft_rounding import Softening, place, relax
 from ptq.training import TrainingRun
@@ -127,7 +128,7 @@ class SoftLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.input_quantizer is not None:
             drops = self.fixed is None and self.dropped > 0
-            x = self.input_quantizer(x, torch.rand_like(x) < self.dropped if drops else None)
+            x = self.input_quantizer(x, coin_flips(x.shape, self.dropped, x.device) if drops else None)
         return apply_weight(x, self.weight, self.bias, self.geometry)
 
     @torch.no_grad()

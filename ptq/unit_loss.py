@@ -18,6 +18,7 @@ from ptq.block_problem import BlockProblem
 from ptq.losses import Fisher, Loss, largest_directions, unit_mean
 from ptq.models.adapter import ModelAdapter
 from ptq.plan import Call, first_tensor, map_tensors
+from ptq.seeding import coin_flips
 from ptq.tuning import float32, slices
 
 
@@ -104,8 +105,8 @@ class BlockLoss:
         x, x_float = call.args[0].float(), piece.float_input.to(self.device).float()
         target = piece.target.to(self.device).float()
         if self.augmentation is Augmentation.qdrop:
-            drop = torch.rand(x.shape, generator=self.generator).to(x.device) < self.probability
-            x = torch.where(drop, x_float, x)
+            drop = coin_flips(x.shape, self.probability, x.device, self.generator)
+            x = torch.lerp(x, x_float, drop.to(x.dtype))  # either of them; faster than where
         elif self.augmentation is Augmentation.noise:
             spread = (x - x_float).square().mean().sqrt() * self.strength
             x = x + spread * torch.randn(x.shape, generator=self.generator).to(x.device)
