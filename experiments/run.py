@@ -11,12 +11,14 @@ from omegaconf import DictConfig
 from experiments.overrides import check_overrides, spelled_out
 from ptq.config import CONF_DIR
 from ptq.errors import InputError
+from ptq.hardware import keep_freed_memory
 from ptq.runner import GROUPS, run
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")
 def job(config: DictConfig) -> dict[str, object]:
     """One job, in the process that the launcher gives it."""
+    keep_freed_memory()
     hydra_config = HydraConfig.get()
     chosen = hydra_config.runtime.choices
     try:

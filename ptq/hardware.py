@@ -1,7 +1,8 @@
-"""What a job runs on, and how much of its memory it took."""
+"""What a job runs on, how much of its memory it took, and how freed memory is kept."""
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import resource
 import sys
@@ -24,3 +25,18 @@ def peak_memory_bytes(device: torch.device) -> int:
         return int(torch.cuda.max_memory_allocated(device))
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def keep_freed_memory() -> None:
+    """Have this process keep the memory that tensors free, for those that follow.
+
+    glibc gives large blocks back at once, so that the kernel zeroes every page of every intermediate tensor
+    again: as much as half of a forward pass on a CPU. After this, blocks come from a heap that is never
+    trimmed, whose peak is somewhat higher. What other allocators do is left alone.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    trim_threshold, mmap_max = -1, -4  # mallopt's parameters in malloc.h
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, -1)
