@@ -68,19 +68,14 @@ def input_matrix(layer: nn.Module, x: Tensor, choose: Callable[[int], Tensor | N
     columns = (width - dilation_x * (kernel_x - 1) - 1) // stride_x + 1
     kept = choose(rows * columns) if choose is not None else None
     positions = rows * columns if kept is None else len(kept)
-    X = x.new_empty(images, positions, kernel_y * kernel_x, channels)
-    for tap in range(kernel_y * kernel_x):
-        y, z = tap // kernel_x * dilation_y, tap % kernel_x * dilation_x
-        if kept is None:
-            window = x[
-                :,
-                y : y + stride_y * (rows - 1) + 1 : stride_y,
-                z : z + stride_x * (columns - 1) + 1 : stride_x,
-            ]
-            X[:, :, tap] = window.reshape(images, positions, channels)
-        else:
-            index = (kept // columns * stride_y + y) * width + kept % columns * stride_x + z
-            X[:, :, tap] = x.reshape(images, height * width, channels)[:, index.to(x.device)]
+    image, row, pixel, _ = x.stride()
+    X = x.as_strided(  # overlapping windows
+        (images, rows, columns, kernel_y, kernel_x, channels),
+        (image, stride_y * row, stride_x * pixel, dilation_y * row, dilation_x * pixel, 1),
+    )
+    if kept is not None:
+        kept = kept.to(x.device)
+        X = X[:, kept // columns, kept % columns]
     # [tokens, taps, groups, channels of a group]
     X = X.reshape(images * positions, kernel_y * kernel_x, layer.groups, -1)
     return X.permute(2, 0, 1, 3).reshape(layer.groups, images * positions, -1)
