@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from ptq.errors import InputError
 
+LEAST_SHARE = 1e-3  # of a step that is learned, of its start
+
 
 class Granularity(Enum):
     """What shares one scale."""
@@ -143,6 +145,11 @@ class ActivationQuantizer(nn.Module):
     def extra_repr(self) -> str:
         scales = "from each token" if self.scale is None else list(self.scale.shape)
         return f"bits={self.bits}, {self.granularity.value}, signed={self.signed}, scale={scales}"
+
+
+def least_step(scale: Tensor) -> Tensor:
+    """The least that each of these scales may become while it is learned: a step must stay positive."""
+    return LEAST_SHARE * scale.detach()
 
 
 def code_range(bits: int, signed: bool) -> tuple[int, int]:

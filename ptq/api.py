@@ -20,6 +20,8 @@ from ptq.grids.grid import Grid
 from ptq.methods.method import GridSpec, LayerMethod, check_pair
 from ptq.models.adapter import ModelAdapter
 from ptq.observers import Activations
+from ptq.plan import map_tensors
+from ptq.precision import products
 from ptq.preparation import NoPreparation, Preparation
 from ptq.problem import LayerProblem
 from ptq.rate import quantize_to_rate
@@ -73,7 +75,8 @@ def quantize_layer(
     check_pair(solver, spec)
     spec.check(bits, group_size)
     problem = LayerProblem("W", W.detach(), H, C)
-    codes, fitted = quantize_to_rate(solver, problem, spec, bits, group_size)
+    with products(tf32=False):
+        codes, fitted = quantize_to_rate(solver, problem, spec, bits, group_size)
     return QuantizedWeight(
         codes=codes.reshape(W.shape),
         grid=fitted,
@@ -99,6 +102,8 @@ def quantize_model(
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: bool = False,
+    tf32: bool = False,
+    bfloat16: bool = False,
     **overrides: Any,
 ) -> tuple[nn.Module, Report]:
     """A quantized copy of `model` (in eval mode) and what was done to each layer.
@@ -110,7 +115,9 @@ def quantize_model(
     read here, and it may not ask for images drawn in some way). `activations` is a name of conf/activations
     or an object, read where `bits` gives layer inputs a width ("w4a8"). `preparation` is a name of
     conf/preparation or an object: how the float network is rewritten first. `tuning` is a name of conf/tuning
-    or an object: which float parameters are trained, without labels, once the codes stand.
+    or an object: which float parameters are trained, without labels, once the codes stand. `device` is where
+    to compute, by default where the model is; products are in full float32 there unless `tf32` (GPUs) or
+    `bfloat16` (while codes, steps or a network are learned) is true.
     `overrides` are hyperparameters of a method given by name.
     """
     solver, spec = _method_and_grid(method, grid, overrides)
@@ -136,9 +143,10 @@ def quantize_model(
     where = own if device is None else device
     if isinstance(preparation, str):
         preparation = build(load_choice("preparation", preparation), "preparation")
-    with isolated_seed(seed):
+    with isolated_seed(seed), products(tf32=tf32, bfloat16=bfloat16):
         if isinstance(preparation, Preparation):
-            preparation.apply(adapter, batches[0])
+            student.to(where)
+            preparation.apply(adapter, map_tensors(batches[0], lambda t: t.to(where)))
         report = pipeline.quantize(
             adapter,
             batches,

@@ -155,7 +155,16 @@ def _quantized_contents(
     packed = {
         f"{n}.{k}": t.cpu().contiguous() for n, layer in layers.items() for k, t in layer.packed.items()
     }
-    return {n: {**layer.facts, **_input_facts(layer)} for n, layer in layers.items()}, packed
+    leaders: dict[int, str] = {}  # first layer of those that share a quantizer of their input
+    facts = {}
+    for n, layer in layers.items():
+        facts[n] = dict(layer.facts)
+        if layer.input_quantizer is not None:
+            facts[n]["input_quantizer"] = layer.input_quantizer.facts()
+            leader = leaders.setdefault(id(layer.input_quantizer), n)
+            if leader != n:
+                facts[n]["input_quantizer"]["shared_with"] = leader
+    return facts, packed
 
 
 def file_bytes(module: nn.Module) -> int:
@@ -169,7 +178,7 @@ def replace_layers(
     """Put quantized layers in the place of the float ones, from what `contents` gave."""
     for name, stored in layers.items():
         facts = dict(stored)
-        quantizer = _input_quantizer(facts.pop("input_quantizer", None), rest, f"{name}.input_quantizer.")
+        quantizer = _input_quantizer(facts.pop("input_quantizer", None), module, rest, name)
         tensors = {k.removeprefix(f"{name}."): t for k, t in packed.items() if k.rpartition(".")[0] == name}
         layer, bias = module.get_submodule(name), rest.get(f"{name}.bias")
         device = next((p.device for p in layer.parameters()), torch.device("cpu"))
@@ -178,16 +187,21 @@ def replace_layers(
             replace_module(module, alias, quantized)
 
 
-def _input_facts(layer: QuantizedLayer) -> dict[str, Any]:
-    return {} if layer.input_quantizer is None else {"input_quantizer": layer.input_quantizer.facts()}
-
-
 def _input_quantizer(
-    facts: dict[str, Any] | None, tensors: dict[str, Tensor], prefix: str
+    stored: dict[str, Any] | None, module: nn.Module, tensors: dict[str, Tensor], name: str
 ) -> ActivationQuantizer | None:
-    """The quantizer of a layer's input, from the file's facts and float tensors; None where it is float."""
-    if facts is None:
+    """The quantizer of layer `name`'s input, from the file's facts and float tensors, or that of the layer
+    it is shared with, which has been put back into `module`; None where the input is float.
+    """
+    if stored is None:
         return None
+    facts = dict(stored)
+    leader = facts.pop("shared_with", None)
+    if leader is not None:
+        other = module.get_submodule(leader)
+        assert isinstance(other, QuantizedLayer)
+        return other.input_quantizer
+    prefix = f"{name}.input_quantizer."
     own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
     return ActivationQuantizer.from_storage(own, facts)
 

@@ -7,6 +7,7 @@ out; the parameters of the epoch that does best on it stay, those of the start i
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from ptq.precision import learning
 from ptq.report import TuningReport
 from ptq.resume import Resume
 
+log = logging.getLogger(__name__)
 CURVE_POINTS = 100  # means of the loss kept for the record
 TINY = 1e-12  # added to a norm that is divided by
 
@@ -106,7 +108,9 @@ def distill(
     settings: Distillation,
     resume: Resume,
 ) -> TuningReport:
-    """Train the parameters of `groups` (each with its rate "lr") of `adapter.module` on `images`."""
+    """Train the parameters of `groups` (each with its rate "lr") of `adapter.module` on `images`. A loss that
+    is not finite ends the training.
+    """
     started = time.perf_counter()
     generator = torch.Generator().manual_seed(settings.seed)
     order = torch.randperm(len(images), generator=generator)
@@ -120,9 +124,10 @@ def distill(
     student = Outputs(adapter, adapter.module, graph, settings.target)
     example = Outputs(adapter, teacher, graph, settings.target)
     moves = settings.flip or settings.shift > 0
-    with torch.no_grad():
-        pieces = [example(part) for part in images.split(settings.batch_size)]
-        wanted = [torch.cat(terms) for terms in zip(*pieces, strict=True)]
+    # images that move have targets of their own at each step: the others' are computed once
+    wanted = _Targets(
+        example, images, validation if moves else torch.arange(len(images)), settings.batch_size
+    )
 
     def loss(batch: Tensor, targets: Sequence[Tensor]) -> Tensor:
         terms = [distance(settings.distance, s, t) for s, t in zip(student(batch), targets, strict=True)]
@@ -132,7 +137,7 @@ def distill(
     def validate() -> float:
         total = 0.0
         for index in validation.split(settings.batch_size):
-            total += float(loss(images[index], [w[index] for w in wanted])) * len(index)
+            total += float(loss(images[index], wanted[index])) * len(index)
         return total / len(validation)
 
     parameters = [p for group in groups for p in group["params"]]
@@ -156,23 +161,33 @@ def distill(
                 factor = (1 + math.cos(math.pi * (len(run.losses) / total * settings.cycles % 1))) / 2
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * factor
-                batch, targets = images[index], [w[index] for w in wanted]
+                batch = images[index]
                 if moves:
                     batch = moved(batch, settings, generator)
-                    with torch.no_grad():
-                        targets = example(batch)
+                with torch.no_grad():
+                    targets = example(batch) if moves else wanted[index]
                 optimizer.zero_grad(set_to_none=True)
                 with torch.enable_grad():
                     with learning():
                         value = loss(batch, targets)
                     value.backward()
+                number = float(value.detach())
+                if not math.isfinite(number):
+                    run.ended = True
+                    break
                 optimizer.step()
-                run.losses.append(float(value.detach()))
+                run.losses.append(number)
                 bar.update()
                 bar.set_postfix(loss=f"{run.losses[-1]:.4g}", best=f"{run.best:.4g}", refresh=False)
-            run.finish_epoch(epoch, validate())
-            if not math.isfinite(run.losses[-1]):
+            if run.ended:
+                log.warning(
+                    "the network's loss is no longer finite at step %d of %d: training ends, and the best "
+                    "parameters until then stay; lower the method's rates",
+                    len(run.losses) + 1,
+                    total,
+                )
                 break
+            run.finish_epoch(epoch, validate())
             resume.save("epochs", lambda: run.state(optimizer, generator))
         bar.close()
         run.restore_best()
@@ -189,6 +204,25 @@ def distill(
     )
 
 
+class _Targets:
+    """What the float network gives for some of the images, by the images' numbers."""
+
+    def __init__(self, network: Outputs, images: Tensor, numbers: Tensor, batch_size: int) -> None:
+        self.place = torch.full((len(images),), -1)
+        self.place[numbers] = torch.arange(len(numbers))
+        self.outputs: list[Tensor] = []
+        with torch.no_grad():
+            for part in numbers.split(batch_size):
+                found = network(images[part])
+                if not self.outputs:
+                    self.outputs = [t.new_empty(len(numbers), *t.shape[1:]) for t in found]
+                for whole, t in zip(self.outputs, found, strict=True):
+                    whole[self.place[part]] = t
+
+    def __getitem__(self, numbers: Tensor) -> list[Tensor]:
+        return [t[self.place[numbers]] for t in self.outputs]
+
+
 class _Run:
     """How far training is, and the parameters that did best so far."""
 
@@ -197,6 +231,7 @@ class _Run:
         self.kept = _copies(parameters)
         self.epoch = 0  # the next one
         self.losses: list[float] = []  # of each step
+        self.ended = False  # by a loss that was not finite
 
     def finish_epoch(self, epoch: int, loss: float) -> None:
         self.epoch = epoch + 1

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ptq.calibration import Calibration, Inputs, Target
 from ptq.layers import weight_matrix
-from ptq.methods.method import RatedGridSpec, stored_size, units_of
+from ptq.methods.method import LayerMethod, RatedGridSpec, stored_size, units_of
 from ptq.mixed_precision import MixedBits, Rounding, budget_bits
 from ptq.plan import Plan, allocate, allocate_activations, skipped_parameters, trace
 from ptq.problem import LayerProblem
@@ -71,13 +71,18 @@ def describe(parts: Parts, directory: Path) -> str:
         + 4 * grams
     )
     passes = 2.0 * paths + sum(len(u.stages) for u in plan.units) / max(1, len(plan.units))
-    capture = (
-        forward_seconds * len(parts.batches) * passes + _gram_seconds(parts, plan, tokens, allocation) * paths
-    )
-    if isinstance(parts.method, WholeNetworkMethod):
-        solve = parts.method.passes() * forward_seconds * len(parts.batches)
-    else:
-        solve = _solve_seconds(parts, allocation, work)
+    capture = solve = 0.0
+    method = parts.method
+    if isinstance(method, WholeNetworkMethod):
+        # the float network, the one in training, gradients and Adam's two moments; what a step keeps
+        share = min(1.0, method.batch_size / len(parts.batches[0]))
+        training_bytes = model_bytes * 5 + inputs_bytes + 3 * 4 * share * sum(tokens.values())
+        method = method.start_method()
+        memory = training_bytes if method is None else max(memory, training_bytes)
+    if method is not None:
+        capture = forward_seconds * len(parts.batches) * passes
+        capture += _gram_seconds(parts, plan, tokens, allocation) * paths
+        solve = _solve_seconds(parts, method, allocation, work)
     if isinstance(parts.bits, MixedBits):
         stored, weights = budget_bits(parts.bits, adapter, plan, parts.method, parts.grid)
         lines += ["", parts.bits.announcement()]
@@ -165,7 +170,9 @@ def _gram_seconds(
     return 2 * total * len(parts.batches) / rate  # the unfolding costs about as much as the product
 
 
-def _solve_seconds(parts: Parts, allocation: dict[str, float | None], work: dict[str, float]) -> float:
+def _solve_seconds(
+    parts: Parts, method: LayerMethod, allocation: dict[str, float | None], work: dict[str, float]
+) -> float:
     """Time of all solves, scaled by out · in² from one timed solve of the median layer on a stand-in Gram."""
     if not work:
         return 0.0
@@ -177,6 +184,6 @@ def _solve_seconds(parts: Parts, allocation: dict[str, float | None], work: dict
     width = allocation[name]
     assert width is not None
     started = time.perf_counter()
-    quantize_to_rate(parts.method, problem, parts.grid, width, parts.bits.group_size)
+    quantize_to_rate(method, problem, parts.grid, width, parts.bits.group_size)
     _synchronize(parts)
     return (time.perf_counter() - started) * sum(work.values()) / work[name]

@@ -39,6 +39,11 @@ def check_integers(bits: Bits, grid: GridSpec, activations: Activations) -> None
     """Raise InputError where a job's layers will have no integer form; single layers may still have none."""
     if bits.activation is None or activations.granularity is not Granularity.tensor:
         raise InputError(f"eval.integers=true: {NEEDS_INPUTS}")
+    if bits.activation_skip:
+        raise InputError(
+            f"eval.integers=true: {NEEDS_INPUTS}; inputs of {', '.join(bits.activation_skip)} stay float by "
+            "bits.activation_skip: leave it empty, or name the layers in bits.skip"
+        )
     if not isinstance(grid, Affine) or grid.zero is Zero.float or bits.group_size is not None:
         raise InputError(f"eval.integers=true: {NEEDS_GRID}")
 
@@ -67,6 +72,8 @@ class IntegerLayer(nn.Module):
         factor = (step * grid.scale.double()).expand(*codes.shape[:2], 1).flatten()  # [out]
         mantissa, exponent = torch.frexp(factor)
         mantissa = (mantissa * 2**MANTISSA_BITS).round()
+        full = mantissa.abs() == 2**MANTISSA_BITS  # rounded up to one bit more
+        mantissa, exponent = torch.where(full, mantissa / 2, mantissa), exponent + full
         bias = torch.zeros_like(factor) if layer.bias is None else (layer.bias.double() / factor).round()
         for key, tensor in {
             "step": step,

@@ -9,6 +9,7 @@ Shapes: T, Ŵ, codes [groups, out, in]; H [groups, in, in].
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
@@ -49,7 +50,7 @@ def reconstruct_layer(
     )
     total = recipe.descent.iterations
     checks = {round(total * (k + 1) / recipe.checks) for k in range(recipe.checks)}
-    best, undecided = start, 0.0
+    best, undecided, taken, diverged = start, 0.0, False, False
     run = TrainingRun(f"round {problem.name}", total, resume=Resume(), progress=problem.progress, tensors=[])
     losses = torch.zeros(ROUND, dtype=T.dtype, device=T.device)  # read once a round: that waits for a GPU
     for index in run.rounds(-(-total // ROUND)):
@@ -72,20 +73,23 @@ def reconstruct_layer(
             with torch.no_grad():
                 relaxation.advance((step + 1) / total, variables.grid())
                 if step + 1 in checks:
-                    undecided = relaxation.undecided()
                     now = Solution(problem, variables.stored(), relaxation.codes(variables.grid()))
+                    if not (torch.isfinite(relaxation.V).all() and math.isfinite(now.total())):
+                        diverged = True
+                        break
+                    undecided, taken = relaxation.undecided(), taken or not recipe.keep_best
                     if recipe.keep_best and not variables.trained:
                         best = best.or_better(now)
                     elif not recipe.keep_best or now.total() < best.total():
                         best = now  # as a whole: rows may share a parameter that was trained
-        if not all(run.record(loss) for loss in losses[: len(steps)].tolist()):
+        if not all(run.record(loss) for loss in losses[: step - steps.start + 1].tolist()) or diverged:
             break
     before, after = start.total(), best.total()
     tuned = TuningReport(
         unit=problem.name,
         loss_before=before,
         loss_after=after,
-        kept=run.step > 0 and (not recipe.keep_best or after < before),
+        kept=taken or (recipe.keep_best and after < before),
         steps=run.step,
         seconds=time.perf_counter() - started,
         losses=run.losses,

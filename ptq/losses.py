@@ -1,7 +1,7 @@
 """How far a unit's output is from the wanted one, as a number to lower.
 
-Shapes: output, target [samples, channels, …] where there are four dimensions, else [samples, …, channels];
-gradients as output.
+Shapes: output, target [samples, channels, …] where there are four dimensions, else [samples, …, channels],
+unless it is said that channels are last; gradients as output.
 """
 
 from __future__ import annotations
@@ -46,9 +46,17 @@ class Loss(Enum):
         """Whether it weighs an output by the gradient of what the network makes of it."""
         return self in (Loss.fisher_diagonal, Loss.fisher_low_rank)
 
-    def of(self, output: Tensor, target: Tensor, p: float = 2.0, fisher: Fisher | None = None) -> Tensor:
+    def of(
+        self,
+        output: Tensor,
+        target: Tensor,
+        p: float = 2.0,
+        fisher: Fisher | None = None,
+        *,
+        channels_last: bool = False,
+    ) -> Tensor:
         """The loss, a scalar; those that read gradients need `fisher`."""
-        channels = channel_dim(target)
+        channels = -1 if channels_last else channel_dim(target)
         if self is Loss.cosine:
             return 1 - F.cosine_similarity(output.flatten(1), target.flatten(1), dim=1).mean()
         if self is Loss.kl:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptq.activations import ActivationQuantizer
+from ptq.activations import ActivationQuantizer, least_step
 from ptq.descent import Descent, Schedule, Stepper
 from ptq.errors import InputError
 from ptq.grids.grid import Grid
@@ -112,16 +112,17 @@ class SoftLayer(nn.Module):
         self.relaxation = relax(recipe.softening, start, self.W, codes, learned)
         self.fixed: tuple[Tensor, Grid] | None = None  # hard codes, where they are asked for
         self.dropped = recipe.dropped
-        self.slope: Tensor | None = None  # where the gradient of Ŵ is asked for
+        self.slope: Tensor | None = None  # sum of the gradients of a hard Ŵ, where these are asked for
         self.train(layer.training)
 
     @property
     def weight(self) -> Tensor:
         """Soft, or where `fixed` is set hard, Ŵ in the shape of the float layer's weight."""
-        if self.fixed is not None:
-            return shaped(self.fixed[1].values(self.fixed[0]), self.geometry)
-        W_hat = self.relaxation.values(self.grid_variables.grid())
+        if self.fixed is None:
+            return shaped(self.relaxation.values(self.grid_variables.grid()), self.geometry)
+        W_hat = self.fixed[1].values(self.fixed[0])
         if self.slope is not None:
+            W_hat = W_hat.detach().requires_grad_(True)
             W_hat.register_hook(self.slope.add_)
         return shaped(W_hat, self.geometry)
 
@@ -192,6 +193,7 @@ class Trainer:
                 for alias in names_of(module, layer):
                     replace_module(module, alias, soft)
         self.generator = generator
+        self.limits: list[tuple[Tensor, Tensor]] = []  # steps of inputs that are learned, and their least
 
     def others(self) -> dict[Variable, list[nn.Parameter]]:
         """Float parameters that are trained beside codes and grids, each once."""
@@ -230,11 +232,13 @@ class Trainer:
         if recipe.selection is Selection.gradient and recipe.selected < 1:
             self._select(pieces[:PROBED], plain)
         stepper = self._stepper(others)
+        scales = others[Variable.activation] if recipe.trains(Variable.activation) else []
+        self.limits = [(p, least_step(p)) for p in scales]
         changing: list[Tensor] = [t for layer in self.layers for t in layer.state()]
         changing += [p for v in recipe.variables for p in others[v]]
         best = [t.detach().clone() for t in changing]
-        # loss of `best`, loss and undecided fraction of the last check
-        numbers = torch.tensor([before, before, 0.0], dtype=torch.float64)
+        # loss of `best`, loss and undecided fraction of the last check, whether a check was taken as the best
+        numbers = torch.tensor([before, before, 0.0, 0.0], dtype=torch.float64)
         order = torch.zeros(len(pieces), dtype=torch.int64)
         run = TrainingRun(
             f"round {self.name}",
@@ -268,12 +272,11 @@ class Trainer:
             quantized = layer.quantized()
             for alias in names_of(self.module, layer):
                 replace_module(self.module, alias, quantized)
-        kept = run.step > 0 and (not recipe.keep_best or float(numbers[0]) < before)
         return TuningReport(
             unit=self.name,
             loss_before=before,
             loss_after=float(numbers[0]),
-            kept=kept,
+            kept=bool(numbers[3]),
             steps=run.step,
             seconds=time.perf_counter() - started,
             losses=run.losses,
@@ -293,7 +296,7 @@ class Trainer:
         numbers[1] = self.measure(pieces, plain)
         numbers[2] = max((layer.relaxation.undecided() for layer in self.layers), default=0.0)
         if not self.recipe.keep_best or bool(numbers[1] < numbers[0]):
-            numbers[0] = numbers[1]
+            numbers[0], numbers[3] = numbers[1], 1.0
             for kept, t in zip(best, changing, strict=True):
                 kept.copy_(t)
 
@@ -334,26 +337,21 @@ class Trainer:
             for layer in self.layers:
                 layer.grid_variables.advance()
                 layer.relaxation.advance((step + 1) / total, layer.grid_variables.grid())
+            for scale, least in self.limits:
+                scale.clamp_(min=least)
         return plain
 
     def _select(self, pieces: Sequence[Any], plain: Callable[[Any], Tensor]) -> None:
-        """Learn the weights whose soft value has the largest gradient at the start."""
+        """Learn the weights whose quantized value has the largest gradient at the start."""
         for layer in self.layers:
-            layer.slope = torch.zeros_like(layer.W)
-            layer.relaxation.V.requires_grad_(True)
+            layer.slope, layer.fixed = torch.zeros_like(layer.W), layer.hard()
         for piece in pieces:
             plain(piece).backward()
         for layer in self.layers:
-            layer.relaxation.V.grad = None
-            layer.relaxation.learned = selected(
-                self.recipe.selection,
-                self.recipe.selected,
-                layer.grid_variables.start,
-                layer.W,
-                layer.slope,
-                self.generator,
-            )
-            layer.slope = None
+            recipe, start = self.recipe, layer.grid_variables.start
+            mask = selected(recipe.selection, recipe.selected, start, layer.W, layer.slope, self.generator)
+            layer.relaxation.learn(mask)
+            layer.slope = layer.fixed = None
 
     @torch.no_grad()
     def measure(self, pieces: Sequence[Any], plain: Callable[[Any], Tensor]) -> float:

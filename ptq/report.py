@@ -41,7 +41,7 @@ class TuningReport:
     """What training one block, or the network, did: facts for the record."""
 
     unit: str  # the block's name, or "network"
-    loss_before: float  # mean over the samples it was trained on
+    loss_before: float  # mean over the samples it was trained on, or over those held out to choose the epoch
     loss_after: float
     kept: bool  # False: the loss had not fallen and the start was restored
     steps: int

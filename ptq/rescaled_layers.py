@@ -87,6 +87,7 @@ class RescaledLayer(nn.Module):
         self.signed = quantizer is not None and quantizer.signed
         self.activation_bits = None if quantizer is None else quantizer.bits
         self.zero_point = None if quantizer is None else quantizer.zero_point
+        self.zero = 0 if self.zero_point is None else int(self.zero_point)
         self.tensor = tensor
         self.rounds = True  # False: codes are not rounded, and everything is smooth but for clipping
         self.train(layer.training)
@@ -123,8 +124,7 @@ class RescaledLayer(nn.Module):
             scale = scale[:, None, None]
         half = 2 ** (self.activation_bits - 1)
         low, high = (-half, half - 1) if self.signed else (0, 2 * half - 1)
-        zero_point = 0 if self.zero_point is None else int(self.zero_point)
-        return straight_through(x, scale, low - zero_point, high - zero_point, rounds=self.rounds)
+        return straight_through(x, scale, low - self.zero, high - self.zero, rounds=self.rounds)
 
     @torch.no_grad()
     def frozen(self, parameter_bits: int) -> QuantizedLayer:

@@ -26,7 +26,7 @@ from ptq.data.held_out import HeldOut
 from ptq.data.noise import check_job
 from ptq.dry_run import describe
 from ptq.errors import InputError
-from ptq.hardware import device_name, peak_memory_bytes
+from ptq.hardware import device_name, peak_memory_bytes, reset_peak_memory
 from ptq.integers import check_integers
 from ptq.methods.method import check_bias_correction, check_pair, units_of
 from ptq.methods.selecting import SelectingMethod, chooses
@@ -217,7 +217,7 @@ def prepare(config: DictConfig, settings: Settings) -> Parts:
     if isinstance(preparation, Preparation):
         preparation.check(adapter)
     if isinstance(method, WholeNetworkMethod):
-        check_whole(adapter, bits, calibration, tuning)
+        check_whole(adapter, bits, calibration, activations, tuning)
     else:
         check_bias_correction(method, calibration)
     units_of(method, adapter)
@@ -265,11 +265,11 @@ def _execute(
 ) -> None:
     """Fill `record` with what the job finds."""
     clock = _Clock()
+    reset_peak_memory(settings.torch_device())
     parts = prepare(config, settings)
+    parts.adapter.module.to(parts.device)
     record["device"] = device_name(parts.device)
     clock.lap("load")
-    if parts.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(parts.device)
     record["float"] = _float_metrics(parts, settings, plain)
     clock.lap("float_eval")
     if isinstance(parts.preparation, Preparation):
@@ -398,9 +398,7 @@ def _float_metrics(parts: Parts, settings: Settings, plain: dict[str, Any]) -> d
     if path.is_file():
         return dict(json.loads(path.read_text()))
     metrics = dict(
-        parts.evaluation.run(
-            parts.adapter, parts.adapter.module.to(parts.device), parts.data, parts.device, settings.progress
-        )
+        parts.evaluation.run(parts.adapter, parts.adapter.module, parts.data, parts.device, settings.progress)
     )
     write_json(path, metrics)
     return metrics

@@ -54,7 +54,9 @@ def training_seconds(
     """Seconds of all training. `inputs` are the bits of the layers' inputs, `elements` their sizes, and
     `forward_seconds` are those of the network on one batch.
     """
-    if isinstance(parts.method, WholeNetworkMethod) or not isinstance(parts.calibration, Calibration):
+    if isinstance(parts.method, WholeNetworkMethod):
+        return parts.method.passes() * forward_seconds * len(parts.batches)
+    if not isinstance(parts.calibration, Calibration):
         return 0.0
     method, tuning, wanted = parts.method, parts.tuning, wants(parts.method)
     batches, samples = len(parts.batches), sum(len(batch) for batch in parts.batches)

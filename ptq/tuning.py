@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ptq.activations import ActivationQuantizer, least_step
 from ptq.block_problem import BlockProblem
 from ptq.calibration import Calibration, NoCalibration
 from ptq.errors import InputError
@@ -129,8 +130,9 @@ class Tuning:
     def tune_block(self, problem: BlockProblem) -> TuningReport:
         """Train the block in place so that it maps the calls to the targets."""
         block, calls, targets = problem.block, problem.calls, problem.targets
-        with Float32(block), torch.enable_grad():
-            pieces = list(slices(block, calls, targets, self.batch_size))
+        with Float32(block), Float32(problem.original), torch.enable_grad():
+            cut = separable(problem.original, calls, targets, self.batch_size)
+            pieces = list(slices(calls, targets, self.batch_size, cut))
             scale = mean_square(targets) if self.loss is Loss.relative_mse else 1.0
             device = next((t.device for t in [*block.parameters(), *block.buffers()]), torch.device("cpu"))
 
@@ -221,7 +223,9 @@ class Tuning:
             before = _mean_loss(pieces, loss, count)
             module.train(self.train_mode)
             moving = [b for n, b in module.named_buffers() if n in statistics]
-            run = self._descend([*free, *moving], free, pieces, loss, seed, name, progress, resume)
+            inputs = [q.scale for q in module.modules() if isinstance(q, ActivationQuantizer)]
+            scales = [p for p in free if any(p is scale for scale in inputs)]
+            run = self._descend([*free, *moving], free, scales, pieces, loss, seed, name, progress, resume)
             for m, training in modes.items():
                 m.training = training
             after = _mean_loss(pieces, loss, count)
@@ -282,6 +286,7 @@ class Tuning:
         self,
         changing: Sequence[Tensor],
         free: Sequence[nn.Parameter],
+        scales: Sequence[nn.Parameter],
         pieces: Iterable[Any],
         loss: Callable[[Any], Tensor],
         seed: int,
@@ -289,7 +294,9 @@ class Tuning:
         progress: bool,
         resume: Resume,
     ) -> TrainingRun:
-        """Run all epochs; stops at a loss that is not finite. `changing`: `free`, and statistics of norms."""
+        """Run all epochs; stops at a loss that is not finite. `changing`: `free`, and statistics of norms;
+        `scales`: those of `free` that are steps of inputs.
+        """
         sizes = [float(p.detach().square().mean().sqrt()) if self.relative_rate else 1.0 for p in free]
         groups = [
             {"params": [p], "lr": self.learning_rate * (size or 1.0)}
@@ -305,6 +312,7 @@ class Tuning:
             )
         else:
             optimizer = torch.optim.SGD(groups, momentum=self.momentum, weight_decay=self.weight_decay)
+        limits = [(p, least_step(p)) for p in scales]
         number = _length(pieces)
         total = number * self.epochs
         rates = [group["lr"] for group in optimizer.param_groups]
@@ -330,6 +338,9 @@ class Tuning:
                     return run
                 value.backward()
                 optimizer.step()
+                with torch.no_grad():
+                    for scale, least in limits:
+                        scale.clamp_(min=least)
                 run.record(value)
         return run
 
@@ -356,12 +367,8 @@ def _exchange(root: nn.Module, kind: type[nn.Module], make: Callable[[Any], nn.M
             replace_module(root, name, made)
 
 
-def slices(
-    block: nn.Module, calls: list[Call], targets: list[Tensor], size: int
-) -> Iterator[tuple[Call, Tensor]]:
-    """Calls and targets cut to `size` samples where the block treats samples one by one, else whole."""
-    whole = calls[0].samples()
-    cut = whole > size and len(targets[0]) == whole and _separable(block, calls[0], targets[0], size)
+def slices(calls: list[Call], targets: list[Tensor], size: int, cut: bool) -> Iterator[tuple[Call, Tensor]]:
+    """Calls and targets, cut to `size` samples where `cut` is true."""
     for call, target in zip(calls, targets, strict=True):
         if not cut:
             yield call, target
@@ -372,14 +379,21 @@ def slices(
 
 
 @torch.no_grad()
-def _separable(block: nn.Module, call: Call, target: Tensor, size: int) -> bool:
-    """Whether the first samples alone give the first outputs: no argument was cut that is not per sample."""
-    device = next((t.device for t in [*block.parameters(), *block.buffers()]), torch.device("cpu"))
+def separable(original: nn.Module, calls: list[Call], targets: list[Tensor], size: int) -> bool:
+    """Whether calls of more than `size` samples may be cut: the first samples alone give the first outputs,
+    so that no argument is cut that is not per sample.
+
+    `original` is the float block: quantized inputs would flip where sums depend on the number of samples.
+    """
+    call, whole = calls[0], calls[0].samples()
+    if whole <= size or len(targets[0]) != whole:
+        return False
+    device = next((t.device for t in [*original.parameters(), *original.buffers()]), torch.device("cpu"))
 
     def run(part: Call) -> Tensor | None:
         there = part.to(device).cloned()
         try:
-            return first_tensor(block(*float32(there.args), **float32(there.kwargs)))
+            return first_tensor(original(*float32(there.args), **float32(there.kwargs)))
         except RuntimeError:
             return None
 

@@ -7,7 +7,7 @@ so that a regulariser weighs the same against each.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -19,7 +19,7 @@ from ptq.losses import Fisher, Loss, largest_directions, unit_mean
 from ptq.models.adapter import ModelAdapter
 from ptq.plan import Call, first_tensor, map_tensors
 from ptq.seeding import coin_flips
-from ptq.tuning import float32, slices
+from ptq.tuning import float32, separable, slices
 
 
 class Augmentation(Enum):
@@ -55,6 +55,7 @@ class BlockLoss:
         augmentation: Augmentation,
         probability: float,
         strength: float,
+        float_target: bool,
         fisher_rank: int,
         low_rank_fraction: float,
         device: torch.device,
@@ -62,16 +63,18 @@ class BlockLoss:
     ) -> None:
         self.block, self.original, self.kind, self.p = problem.block, problem.original, kind, p
         self.augmentation, self.probability, self.strength = augmentation, probability, strength
-        self.device = device
+        self.float_target, self.device = float_target, device
+        self.channels_last = _channels_last(self.original)
+        cut = separable(self.original, problem.calls, targets, batch_size)
         self.generator = torch.Generator().manual_seed(seed)
         self.size = 1.0
         self.pieces = [
             Piece(call=call, float_input=None, target=target, fisher=None)
-            for call, target in slices(self.block, problem.calls, targets, batch_size)
+            for call, target in slices(problem.calls, targets, batch_size, cut)
         ]
         if problem.float_calls is not None and augmentation is not Augmentation.none:
             for piece, (call, _) in zip(
-                self.pieces, slices(self.block, problem.float_calls, targets, batch_size), strict=True
+                self.pieces, slices(problem.float_calls, targets, batch_size, cut), strict=True
             ):
                 piece.float_input = first_tensor(call.args)
         if problem.output_gradients is not None:
@@ -83,17 +86,22 @@ class BlockLoss:
                 ]
                 directions = largest_directions(gradients, fisher_rank).to(device)
             for piece, (_, square) in zip(
-                self.pieces, slices(self.block, problem.calls, squares, batch_size), strict=True
+                self.pieces, slices(problem.calls, squares, batch_size, cut), strict=True
             ):
                 piece.fisher = Fisher(
                     diagonal=square, directions=directions, low_rank_fraction=low_rank_fraction
                 )
         if kind is not Loss.l2:
-            self.size = like_l2([self._compared(piece) for piece in self.pieces[:4]], kind, p)
+            self.size = like_l2(
+                [self._compared(piece) for piece in self.pieces[:4]],
+                kind,
+                p,
+                channels_last=self.channels_last,
+            )
 
     def plain(self, piece: Piece) -> Tensor:
         """The loss on the inputs as they are."""
-        return self.kind.of(*self._compared(piece)[:2], self.p, self._fisher(piece)) * self.size
+        return self._loss(*self._compared(piece))
 
     def training(self, piece: Piece) -> Tensor:
         """The loss on augmented inputs; an embedding's ids stay as they are."""
@@ -103,7 +111,7 @@ class BlockLoss:
             return self.plain(piece)
         call = piece.call.to(self.device)
         x, x_float = call.args[0].float(), piece.float_input.to(self.device).float()
-        target = piece.target.to(self.device).float()
+        target, fisher = piece.target.to(self.device).float(), self._fisher(piece)
         if self.augmentation is Augmentation.qdrop:
             drop = coin_flips(x.shape, self.probability, x.device, self.generator)
             x = torch.lerp(x, x_float, drop.to(x.dtype))  # either of them; faster than where
@@ -114,10 +122,15 @@ class BlockLoss:
             order = torch.randperm(len(x), generator=self.generator).to(x.device)
             share = float(torch.rand((), generator=self.generator)) * self.strength / 2
             x, x_float = torch.lerp(x, x[order], share), torch.lerp(x_float, x_float[order], share)
+            if fisher is not None:
+                mixed = torch.lerp(fisher.diagonal, fisher.diagonal[order], share)
+                fisher = replace(fisher, diagonal=mixed)
             with torch.no_grad():
-                target = self._output(self.original, call.with_first(x_float))
-        output = self._output(self.block, call.with_first(x))
-        return self.kind.of(output, target, self.p, self._fisher(piece)) * self.size
+                target = self._output(self.original, call.with_first(x_float if self.float_target else x))
+        return self._loss(self._output(self.block, call.with_first(x)), target, fisher)
+
+    def _loss(self, output: Tensor, target: Tensor, fisher: Fisher | None) -> Tensor:
+        return self.kind.of(output, target, self.p, fisher, channels_last=self.channels_last) * self.size
 
     def _fisher(self, piece: Piece) -> Fisher | None:
         return None if piece.fisher is None else piece.fisher.to(self.device)
@@ -170,9 +183,27 @@ class NetworkLoss:
         return map_tensors(batch, lambda t: t.to(self.device))
 
 
+def _channels_last(original: nn.Module) -> bool:
+    """Whether a block's four-dimensional output has its channels last: one of linear layers alone has, since
+    they read and write the last dimension (Swin's blocks: [samples, height, width, channels]).
+    """
+    parts = list(original.modules())
+    convolves = any(isinstance(m, nn.Conv2d) for m in parts)
+    return not convolves and any(isinstance(m, nn.Linear) for m in parts)
+
+
 @torch.no_grad()
-def like_l2(compared: list[tuple[Tensor, Tensor, Fisher | None]], kind: Loss, p: float) -> float:
+def like_l2(
+    compared: list[tuple[Tensor, Tensor, Fisher | None]],
+    kind: Loss,
+    p: float,
+    *,
+    channels_last: bool = False,
+) -> float:
     """What makes `kind` as large as l2 on these outputs and targets; 1 where either is 0."""
-    plain = sum(float(Loss.l2.of(output, target)) for output, target, _ in compared)
-    other = sum(float(kind.of(output, target, p, fisher)) for output, target, fisher in compared)
+    last = channels_last
+    plain = sum(float(Loss.l2.of(output, target, channels_last=last)) for output, target, _ in compared)
+    other = sum(
+        float(kind.of(output, target, p, fisher, channels_last=last)) for output, target, fisher in compared
+    )
     return plain / other if plain > 0 and other > 0 else 1.0

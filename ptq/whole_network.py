@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from ptq.activations import Granularity as InputGranularity
 from ptq.allocation import Bits
 from ptq.calibration import Calibration, NoCalibration
 from ptq.errors import InputError
@@ -24,7 +25,7 @@ from ptq.mixed_precision import Granularity, MixedBits, Rounding, choose
 from ptq.models.adapter import ModelAdapter, is_embedding
 from ptq.models.graph import ScaleGraph
 from ptq.observers import Activations, check_activations
-from ptq.plan import Plan, allocate, allocate_activations, skipped_parameters, trace
+from ptq.plan import allocate, allocate_activations, skipped_parameters, trace
 from ptq.preparation import folded_graph
 from ptq.report import LayerReport, Report, TuningReport
 from ptq.resume import Resume
@@ -37,7 +38,8 @@ class NetworkProblem:
 
     adapter: ModelAdapter  # its module is float with BatchNorms folded, and is changed in place
     graph: ScaleGraph
-    batches: list[Tensor]  # calibration images
+    images: Tensor  # calibration images [n, channels, h, w]
+    batch_size: int
     bits: dict[str, int]  # of the weights, by layer to quantize
     activation_bits: dict[str, int | None]  # of these layers' inputs
     activations: Activations | None  # how ranges of inputs are found; None where all stay float
@@ -46,6 +48,10 @@ class NetworkProblem:
     seed: int
     progress: bool
     resume: Resume
+
+    def batches(self) -> tuple[Tensor, ...]:
+        """The images batch by batch, as views."""
+        return self.images.split(self.batch_size)
 
 
 @dataclass(kw_only=True)
@@ -62,6 +68,7 @@ class WholeNetworkMethod(Protocol):
     """A method that quantizes all layers at once."""
 
     needs_gram: ClassVar[bool]
+    batch_size: int  # images of a training step
 
     def start_method(self) -> LayerMethod | None:
         """The layer-wise method whose result it begins with, or None."""
@@ -74,7 +81,11 @@ class WholeNetworkMethod(Protocol):
 
 
 def check_whole(
-    adapter: ModelAdapter, bits: Bits, calibration: Calibration | NoCalibration, tuning: Any
+    adapter: ModelAdapter,
+    bits: Bits,
+    calibration: Calibration | NoCalibration,
+    activations: Activations | None,
+    tuning: Any,
 ) -> None:
     """Raise InputError where no method can quantize the network as one."""
     if adapter.task == "language_modeling":
@@ -96,6 +107,15 @@ def check_whole(
                 f"calibration.{key}=true mends a network that was quantized layer by layer; a method that "
                 "trains the network folds its BatchNorms and learns the biases itself: leave it false"
             )
+    if (
+        activations is not None
+        and bits.activation_widths()
+        and activations.granularity is not InputGranularity.tensor
+    ):
+        raise InputError(
+            "a method that trains the network has scales of channels of its own: activations must be of "
+            f"granularity tensor; got {activations.granularity.value}"
+        )
     if isinstance(bits, MixedBits) and bits.rounding is Rounding.method:
         raise InputError(
             "bits.rounding=method asks a layer-wise method what a width costs, and a method that trains the "
@@ -141,16 +161,26 @@ def quantize_whole(
         raise InputError(
             "quantization needs one batch of model inputs at least; the calibration iterable is empty"
         )
-    check_whole(adapter, bits, calibration, tuning)
+    check_whole(adapter, bits, calibration, activations, tuning)
     check_activations(activations, bits.activation_widths(), calibration)
     check_pair(method, grid)
+    other = next(
+        (b for b in batches if not isinstance(b, Tensor) or b.shape[1:] != batches[0].shape[1:]), None
+    )
+    if other is not None:
+        found = f"shape {list(other.shape)}" if isinstance(other, Tensor) else type(other).__name__
+        raise InputError(
+            f"a method that trains the network takes tensors of images, all of one size; got also {found}"
+        )
     adapter.module.to(device)
-    images = [batch.to(device) for batch in batches]
-    plan = trace(adapter, images[0])
+    images = torch.cat([batch.to(device) for batch in batches])
+    batch_size = max(len(batch) for batch in batches)
+    pieces = list(images.split(batch_size))
+    plan = trace(adapter, pieces[0])
     allocation = allocate(adapter, plan, bits)
     started = time.perf_counter()
     report = Report(skipped=skipped_parameters(adapter, plan, allocation))
-    graph = folded_graph(adapter, images[0])
+    graph = folded_graph(adapter, pieces[0])
     lost = [name for name, width in allocation.items() if width is not None and name not in graph.layers]
     if lost:
         raise InputError(
@@ -160,7 +190,7 @@ def quantize_whole(
     report.seconds["capture"] = time.perf_counter() - started
     if isinstance(bits, MixedBits):
         chosen = choose(
-            bits, adapter, plan, images, method=method, grid=grid, calibration=calibration, seed=seed
+            bits, adapter, plan, pieces, method=method, grid=grid, calibration=calibration, seed=seed
         )
         allocation = chosen.layers
         report.mixed_precision, report.seconds["allocate"] = chosen.facts, chosen.facts["seconds"]
@@ -168,7 +198,7 @@ def quantize_whole(
     start: dict[str, QuantizedLayer] = {}
     starting = method.start_method()
     if starting is not None:
-        other = replace(adapter, module=copy.deepcopy(adapter.module))
+        copied = replace(adapter, module=copy.deepcopy(adapter.module))
         widths = {name: width for name, width in allocation.items() if width is not None}
         plain = Bits(
             weight=bits.weight,
@@ -180,14 +210,15 @@ def quantize_whole(
             activation_first_last=None,
             activation_skip=[],
         )
-        begun = solve(other, starting, plain)
-        start = {n: m for n, m in other.module.named_modules() if isinstance(m, QuantizedLayer)}
+        begun = solve(copied, starting, plain)
+        start = {n: m for n, m in copied.module.named_modules() if isinstance(m, QuantizedLayer)}
         report.seconds["start"] = sum(begun.seconds.values())
     started = time.perf_counter()
     problem = NetworkProblem(
         adapter=adapter,
         graph=graph,
-        batches=images,
+        images=images,
+        batch_size=batch_size,
         bits={name: int(width) for name, width in allocation.items() if width is not None},
         activation_bits={n: activation_bits[n] for n, width in allocation.items() if width is not None},
         activations=activations,
@@ -201,12 +232,12 @@ def quantize_whole(
     report.seconds["solve"] = time.perf_counter() - started - solution.tuning.seconds
     report.seconds["tune"] = solution.tuning.seconds
     report.tuning.append(solution.tuning)
-    report.layers = [_layer_report(adapter.module, plan, problem, solution, n) for n in problem.bits]
+    report.layers = [_layer_report(adapter.module, problem, solution, n) for n in problem.bits]
     return report
 
 
 def _layer_report(
-    module: nn.Module, plan: Plan, problem: NetworkProblem, solution: NetworkSolution, name: str
+    module: nn.Module, problem: NetworkProblem, solution: NetworkSolution, name: str
 ) -> LayerReport:
     layer = module.get_submodule(name)
     assert isinstance(layer, QuantizedLayer)

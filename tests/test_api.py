@@ -75,3 +75,19 @@ def test_refusals(arguments: dict, message: str) -> None:
     W, H = layer()
     with pytest.raises(ptq.InputError, match=message):
         ptq.quantize_layer(W, **{"H": H, **arguments})
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_products_are_as_asked_and_as_before_at_the_end(asked: bool) -> None:
+    seen = set()
+
+    class Spy(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.add((torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+            return super().forward(x)
+
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4), Spy(4, 4))
+    ptq.quantize_model(module, [torch.randn(30, 4)], "comq", bits=4, tf32=asked)
+    assert seen == {(asked, asked)}
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == before

@@ -45,7 +45,7 @@ def test_a_network_trained_by_qft_runs_on_integers(name: str, regime: str) -> No
             tensor = layer.get_buffer(key).double()
             assert torch.equal(tensor, tensor.round())
         assert layer.get_buffer("weight").abs().max() <= 8
-        assert layer.get_buffer("mantissa").abs().max() <= 2**15
+        assert layer.get_buffer("mantissa").abs().max() < 2**15
     x = torch.cat(batches)
     found, wanted = integers(x), fake(x)
     assert float((found - wanted).norm() / wanted.norm()) < 0.01
@@ -61,6 +61,32 @@ def test_a_layer_is_exact_but_for_bias_and_factor(method: str) -> None:
     x = torch.randn(32, 4, 9, 9) + 0.5
     quantized, _ = ptq.quantize_model(module, [x], method, "affine", "w3a8")
     assert_close(on_integers(quantized)(x), quantized(x), rtol=1e-4, atol=1e-2)
+
+
+@torch.no_grad()
+def test_a_factor_that_rounds_up_keeps_its_bits() -> None:
+    """Just below a power of two, m would be 2^15, a bit more than there is."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(6, 1))
+    quantized, _ = ptq.quantize_model(module, [torch.randn(20, 6)], "rtn", "symmetric", "w4a8")
+    grid, _ = quantized[0].grid_and_codes()
+    quantized[0].input_quantizer.scale.copy_((1 - 2**-20) / grid.scale.flatten())
+    layer = on_integers(quantized)[0]
+    assert layer.get_buffer("mantissa").tolist() == [2**14]
+    assert layer.get_buffer("shift").tolist() == [14]
+
+
+@pytest.mark.parametrize("method", ["rtn", "qft"])
+def test_a_job_evaluated_on_integers(tmp_path: Path, method: str) -> None:
+    job = [f"method={method}", "grid=symmetric", "bits=w4a8", "eval.num_samples=300"]
+    job += ["method.epochs=2"] if method == "qft" else []
+    fake, integers = (run(config(tmp_path, *job, f"eval.integers={on}"), {}) for on in (False, True))
+    assert integers["status"] == "done", integers["error"]
+    assert integers["quantized"]["top1"] > 90
+    assert integers["quantized"]["top1"] == pytest.approx(fake["quantized"]["top1"], abs=0.67)  # two images
+    assert [layer["relative_error"] for layer in integers["layers"]] == [
+        layer["relative_error"] for layer in fake["layers"]
+    ]
 
 
 @pytest.mark.parametrize(
@@ -85,3 +111,11 @@ def test_layers_without_an_integer_form_are_named(
     record = run(settings, {})
     assert record["status"] == "failed"
     assert re.search(message.replace("layer '0'", "eval.integers=true"), record["error"]["message"])
+
+
+def test_inputs_that_stay_float_are_refused_before_work(tmp_path: Path) -> None:
+    job = ["eval.integers=true", "bits=w4a8", "grid=symmetric", "bits.activation_skip=[stem]"]
+    record = run(config(tmp_path, *job), {})
+    assert record["status"] == "failed"
+    assert "inputs of stem stay float by bits.activation_skip" in record["error"]["message"]
+    assert "float" not in record  # nothing was evaluated

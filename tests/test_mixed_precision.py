@@ -67,10 +67,22 @@ def weights(network: tuple[Network, list[Tensor]]) -> int:
 
 
 @pytest.mark.parametrize("granularity", ["layer", "channel"])
-@pytest.mark.parametrize("method", ["rtn", "gptq", "comq", "awq"])
-def test_the_budget_is_met_to_the_bit(network, method: str, granularity: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("rtn", {}),
+        ("gptq", {}),
+        ("comq", {}),
+        ("awq", {}),
+        ("adaround", {"iterations": 20}),
+        ("gradient_ptq", {"iterations": 20}),
+        ("tesseraq", {"iterations": 20, "start": "awq"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_budget_is_met_to_the_bit(network, method: str, more: dict, granularity: str) -> None:
     bits = mixed(granularity=granularity, budget=7.7, candidates=[2, 3, 4, 6, 8])
-    _, report = quantized(network, bits, method)
+    _, report = quantized(network, bits, method, **more)
     facts = report.mixed_precision
     assert facts is not None
     assert facts["exact"]

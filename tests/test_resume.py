@@ -66,6 +66,29 @@ class StagedNet(nn.Module):
         return self.head(self.stages(self.stem(x)))
 
 
+class Gated(nn.Module):
+    """Two layers that read the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(5, 7), nn.Linear(5, 7), nn.Linear(7, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.sigmoid(self.gate(x)) * self.up(x))
+
+
+class SharingNet(nn.Module):
+    """Two blocks whose layers share inputs, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Gated(), Gated()])
+        self.head = nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks[1](self.blocks[0](x)))
+
+
 class PowerCutError(Exception):
     """What ends a run in these tests."""
 
@@ -250,6 +273,26 @@ def test_learned_rounding_cut_between_rounds_ends_the_same(
     assert len(steps) == sum(t.steps for t in report.tuning) - 24 * units - min(24, 5 * rounds)
     assert_same(module, expected)
     assert facts(again) == facts(report)
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["tuning", "qdrop"])
+@pytest.mark.parametrize("writes", [2, 3, 4, 7, 8])
+def test_layers_that_share_an_input_share_its_step_again(
+    choice, tmp_path: Path, monkeypatch, learned: bool, writes: int
+) -> None:
+    """Cut after a unit's layers are solved, within its training, and after it."""
+    monkeypatch.setattr(reconstruction, "ROUND", 5)
+    method = choice("method", "qdrop", iterations=24, batch_size=8, activation_rate=0.01) if learned else None
+    tuning = "none" if learned else "block"
+    run = partial(quantize, choice, tuning=tuning, method=method, bits="w3a8", kind=SharingNet)
+    expected, report = run(None)
+    interrupt(monkeypatch, writes, lambda: run(store(tmp_path)))
+    module, again = run(store(tmp_path))
+    assert_same(module, expected)
+    assert facts(again) == facts(report)
+    for block in module.blocks:
+        assert block.gate.input_quantizer is block.up.input_quantizer
+    assert again.model_bits_per_coefficient(module) == report.model_bits_per_coefficient(expected)
 
 
 @pytest.mark.parametrize("writes", [1, 2, 5])

@@ -25,6 +25,7 @@ import ptq
 from ptq import layers, walk
 from ptq.config import CONF_DIR, choices
 from ptq.errors import InputError
+from ptq.hardware import peak_memory_bytes
 from ptq.records import config_hash, write_json
 from ptq.runner import run
 
@@ -80,6 +81,17 @@ def test_the_record(tmp_path: Path) -> None:
     assert record["versions"]["torch"] == torch.__version__.partition("+")[0]
     model = ptq.load(directory / "model")
     assert isinstance(model, torch.nn.Module)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux lets a peak be reset")
+def test_peak_memory_is_the_jobs_own(tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    before = torch.ones(2**28).sum()  # 1 GiB, as an earlier job of the same process may have taken
+    earlier = peak_memory_bytes(cpu)
+    assert before > 0
+    assert earlier > 2**30
+    record = run(config(tmp_path), CHOICES)
+    assert 2**20 < record["peak_memory_bytes"] < earlier - 2**28
 
 
 def test_a_finished_job_is_not_run_again_and_float_metrics_are_reused(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from ptq import training_time
+from ptq import dry_run, training_time
+from ptq.config import build, load_choice
 from ptq.runner import run
 from ptq.training import TrainingRun
 from tests.test_runner import CHOICES, config
@@ -73,3 +74,24 @@ def test_training_of_the_network_counts(tmp_path: Path, capsys, job: list[str], 
     few, many = (training(tmp_path, capsys, *job, f"{key}={n}") for n in (20000, 400000))
     assert few > 10
     assert 4 * few < many < 100 * few
+
+
+def test_the_network_as_one(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a start there are no Grams and nothing to solve; memory is that of the training."""
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(dry_run, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+
+    def said(*job: str) -> list[int]:
+        run(config(tmp_path, "dry_run=true", "bits=w4a8", "calibration.batch_size=20", *job), CHOICES)
+        pattern = r"about ([\d,]+) MiB.*calibration ([\d,]+), solving ([\d,]+), training ([\d,]+)\)"
+        (found,) = re.findall(pattern, capsys.readouterr().out, re.DOTALL)
+        return [int(number.replace(",", "")) for number in found]
+
+    memory, calibration, solving, training = said("method=qft", "method.epochs=6")
+    passes = build(load_choice("method", "qft", epochs=6)).passes()
+    assert (calibration, solving, training) == (0, 0, 2 * passes)  # two batches, a second each
+    assert memory > said("method=rtn")[0]
+    assert said("method=qft", "method.epochs=6", "method.batch_size=4")[0] < memory
+    started = said("method=qft_gptq_start", "method.epochs=6")
+    assert started[3] == training
+    assert min(started[1:3]) > 0

@@ -12,12 +12,15 @@ from torch.testing import assert_close
 
 import ptq
 from ptq import pipeline
+from ptq.activations import LEAST_SHARE
+from ptq.block_problem import BlockProblem
 from ptq.calibration import NoCalibration
 from ptq.config import choices
 from ptq.errors import InputError
 from ptq.layers import QuantizedLayer, TrainableLayer
 from ptq.models.adapter import ModelAdapter
 from ptq.plan import Call
+from ptq.resume import Resume
 from ptq.tuning import Tuning
 
 
@@ -114,6 +117,37 @@ def test_only_what_is_named_is_trained(choice, net, flags: dict, expected: set[s
     assert norms == (changed if "norms" in flags else set())
     for a, b in zip(codes_of(plain).values(), codes_of(tuned).values(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_brecqs_second_phase_changes_the_steps_of_inputs_alone(choice, net) -> None:
+    module, batches = net
+    job = {"method": "rtn", "grid": "affine", "bits": "w3a3"}
+    plain, _ = ptq.quantize_model(module, batches, **job)
+    tuned, _ = ptq.quantize_model(module, batches, **job, tuning=choice("tuning", "steps_brecq", epochs=3))
+    changed = differing(plain, tuned)
+    assert {"blocks.0.conv1.input_quantizer.scale", "blocks.1.conv1.input_quantizer.scale"} <= changed
+    assert all(".input_quantizer." in name for name in changed)  # with what later layers then see
+
+
+@pytest.mark.parametrize("learned", [False, True], ids=["tuning", "learned rounding"])
+def test_steps_of_inputs_stay_positive(choice, learned: bool) -> None:
+    """A block that shall give nothing has its steps pushed below zero at once."""
+    torch.manual_seed(0)
+    original, x = nn.Sequential(nn.Linear(6, 4, bias=False)), torch.randn(32, 6)
+    block, _ = ptq.quantize_model(original, [x], "rtn", "affine", "w4a4")
+    before = block[0].input_quantizer.scale.detach().clone()
+    problem = BlockProblem(
+        name="block", block=block, original=original, calls=[Call((x,), {})], float_calls=None,
+        targets=[torch.zeros(32, 4)], output_gradients=None, seed=0, progress=False, resume=Resume(),
+    )  # fmt: skip
+    variables = {"variables": ["rounding", "activation"], "iterations": 5, "activation_rate": 10.0}
+    if learned:
+        trainer = choice("method", "brecq", float_target=False, **variables)
+    else:
+        trainer = choice("tuning", "steps_brecq", epochs=5, learning_rate=10.0)
+    trainer.tune_block(problem)
+    assert_close(block[0].input_quantizer.scale.detach(), LEAST_SHARE * before)
+    assert bool(torch.isfinite(block(x)).all())
 
 
 def test_others_hold_the_bias_of_a_float_convolution_and_of_no_linear_layer(choice, net) -> None:

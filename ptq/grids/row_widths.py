@@ -125,13 +125,20 @@ class RowWidthsGrid:
         """Whether the rows of a width share parameters, so that rows cannot choose for themselves."""
         return any(grid.shared for grid in self.grids.values())
 
+    def code_limits(self) -> tuple[Tensor, Tensor]:
+        """The least and the greatest code of each row, both [groups, out, 1]."""
+
+        def limit(name: str) -> Tensor:
+            return self._joined(
+                lambda place, grid: torch.full_like(place.take(self.rows)[..., None], getattr(grid, name))
+            )
+
+        return limit("code_min"), limit("code_max")
+
     def code_span(self) -> Tensor:
         """Codes from a row's least to its greatest, [groups, out, 1]."""
-
-        def span(place: _Place, grid: Grid) -> Tensor:
-            return torch.full_like(place.take(self.rows)[..., None], grid.code_max - grid.code_min)
-
-        return self._joined(span)
+        least, greatest = self.code_limits()
+        return greatest - least
 
     def _joined(self, part: Callable[[_Place, Grid], Tensor]) -> Tensor:
         """The rows' parts put together, in the type of the first."""

@@ -29,7 +29,7 @@ from ptq.errors import InputError, suggestion
 from ptq.grids.grid import Grid
 from ptq.layer_reconstruction import reconstruct_layer
 from ptq.losses import Loss, mean_square
-from ptq.methods.method import GridSpec, LayerMethod, Wants
+from ptq.methods.method import GridSpec, LayerMethod, Wants, check_pair, stored_size, wants
 from ptq.models.adapter import ModelAdapter
 from ptq.problem import LayerProblem
 from ptq.reconstruction import Rates, Recipe, Selection, Trainer, Variable
@@ -84,7 +84,9 @@ class GradientPTQ:
     batch_size: int  # samples a step, at most those of a calibration batch; unit=layer takes all
     augmentation: Augmentation
     probability: float  # for augmentation=qdrop: of an element being the float network's, or unquantized
-    strength: float  # of noise, in root mean squares of what quantization does to the input; of mixup, its α
+    strength: (
+        float  # of noise, in root mean squares of what quantization does; of mixup, twice the most mixed in
+    )
     float_target: bool  # units give what the float unit gives on the float network's inputs, not on their own
     selection: Selection
     selected: float  # fraction of each layer's weights that are learned
@@ -95,13 +97,18 @@ class GradientPTQ:
     needs_gram: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        self.recipe()
         if len(self.beta) != 2 or len(self.betas) != 2:
             raise InputError(f"beta and betas are pairs of numbers; got {self.beta} and {self.betas}")
         if self.batch_size < 1 or self.p < 1 or not 0 <= self.probability <= 1 or self.strength < 0:
             raise InputError(
                 "batch_size and p must be at least 1, probability in [0, 1], strength not negative; got "
                 f"{self.batch_size}, {self.p}, {self.probability} and {self.strength}"
+            )
+        self.recipe()
+        if self.augmentation is Augmentation.mixup and self.strength > 2:
+            raise InputError(
+                f"augmentation=mixup takes up to strength / 2 of another sample; got {self.strength}, "
+                "use at most 2"
             )
         if self.unit is Unit.layer and self.loss is not Loss.l2:
             raise InputError(
@@ -141,6 +148,24 @@ class GradientPTQ:
         known = choices("method")
         if self.start not in known:
             raise InputError(f"unknown method.start {self.start!r}{suggestion(self.start, known)}")
+        first = self.start_method()
+        if not isinstance(first, LayerMethod) or wants(first).blocks or wants(first).network:
+            raise InputError(
+                f"method.start={self.start} does not solve layer by layer; use rtn, gptq, comq, adaround or "
+                "another method that does"
+            )
+
+    def start_method(self) -> Any:
+        """The method of `start`, new."""
+        return build(load_choice("method", self.start), "method.start")
+
+    def check_grid(self, grid: GridSpec) -> None:
+        """Refuse what the method of `start` refuses."""
+        check_pair(self.start_method(), grid)
+
+    def size(self, grid: GridSpec, W: Tensor, bits: float, group_size: int | None) -> dict[str, int]:
+        """Bits that W will take by the method of `start`, {"codes", "parameters"}."""
+        return stored_size(self.start_method(), grid, W, bits, group_size)
 
     @property
     def by_blocks(self) -> bool:
@@ -199,8 +224,7 @@ class GradientPTQ:
     def quantize_layer(
         self, problem: LayerProblem, grid: GridSpec, bits: float, group_size: int | None
     ) -> tuple[Tensor, Grid]:
-        first: LayerMethod = build(load_choice("method", self.start), "method")
-        codes, fitted = first.quantize_layer(problem, grid, bits, group_size)
+        codes, fitted = self.start_method().quantize_layer(problem, grid, bits, group_size)
         if self.unit is not Unit.layer:
             return codes, fitted
         recipe = self.recipe(float(problem.error(torch.zeros_like(problem.T)).mean()))
@@ -227,6 +251,7 @@ class GradientPTQ:
                 augmentation=self.augmentation,
                 probability=self.probability,
                 strength=self.strength,
+                float_target=self.float_target,
                 fisher_rank=self.fisher_rank,
                 low_rank_fraction=self.low_rank_fraction,
                 device=device,

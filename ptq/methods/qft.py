@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ptq.activations import ActivationQuantizer, Granularity
+from ptq.activations import ActivationQuantizer
 from ptq.config import build, load_choice
 from ptq.distillation import Distance, Distillation, Target, distill, frozen_copy
 from ptq.errors import InputError
@@ -90,7 +90,7 @@ class QFT:
 
     regime: Regime
     units: Units
-    ranges: Ranges
+    ranges: Ranges  # not read with a start, which brings F
     full_range: bool  # codes from −2^(b−1), F of either sign; false = symmetric codes
     start: (
         str | None
@@ -171,11 +171,6 @@ class QFT:
     def quantize_network(self, problem: NetworkProblem) -> NetworkSolution:
         """Train, then put the integers in the place of the float layers."""
         module, graph = problem.adapter.module, problem.graph
-        if problem.activations is not None and problem.activations.granularity is not Granularity.tensor:
-            raise InputError(
-                "qft has its own scales of channels: activations must be of granularity tensor; "
-                f"got {problem.activations.granularity.value}"
-            )
         grid = problem.grid
         assert isinstance(grid, Affine)
         teacher = frozen_copy(module)
@@ -197,8 +192,7 @@ class QFT:
             progress=problem.progress,
         )
         groups = self._parameters(list(layers.values()))
-        images = torch.cat(problem.batches)
-        report = distill(problem.adapter, teacher, graph, images, groups, settings, problem.resume)
+        report = distill(problem.adapter, teacher, graph, problem.images, groups, settings, problem.resume)
         errors = _relative_errors(problem, teacher, layers)
         clipped = {name: layer.clipped_fraction() for name, layer in layers.items()}
         scales = next(iter(layers.values())).shared[0]
@@ -214,7 +208,7 @@ class QFT:
     def _units(self, problem: NetworkProblem) -> Tensor:
         """Units of channels to begin with, [units] float32."""
         graph, module = problem.graph, problem.adapter.module
-        device = problem.batches[0].device
+        device = problem.images.device
         if self.units is Units.ones:
             return torch.ones(graph.units, device=device)
         layers = {name: module.get_submodule(name) for name in graph.layers}
@@ -351,7 +345,7 @@ def _quantizers(problem: NetworkProblem, units: Tensor) -> tuple[list[Activation
 
         handles.append(layer.register_forward_pre_hook(observe))
     with hooks(handles):
-        for batch in problem.batches:
+        for batch in problem.batches():
             problem.adapter.forward(module, batch)
     quantizers = [observers[number].quantizer() for number in range(len(observers))]
     return quantizers, {name: numbers[key] for name, key in keys.items()}
@@ -379,5 +373,5 @@ def _relative_errors(
 
         handles.append(layer.register_forward_pre_hook(measure))
     with hooks(handles):
-        problem.adapter.forward(teacher, problem.batches[0][:MEASURED_SAMPLES])
+        problem.adapter.forward(teacher, problem.batches()[0][:MEASURED_SAMPLES])
     return {name: (error / own) ** 0.5 if own > 0 else 0.0 for name, (error, own) in sums.items()}

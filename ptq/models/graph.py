@@ -175,7 +175,7 @@ class _Walk:
         if kind in ("matmul", "bmm") and x is not None and second is not None:
             return self._matmul(x, second).expand(node.meta["val"].shape)
         if kind == "scaled_dot_product_attention":
-            query, key, value = (units[n] for n in node.all_input_nodes[:3])
+            query, key, value = (units[n] for n in node.args[:3])  # type: ignore[index]  # by their nodes
             self._fix(query)
             self._fix(key)
             values, shape = self._tied(value, [-2], keep=True), node.meta["val"].shape

@@ -5,6 +5,7 @@ Shapes: parameters as the grid has them; variables of the same shape, 0 at the s
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from enum import Enum
 
@@ -15,6 +16,8 @@ from ptq.grids.affine import AffineGrid
 from ptq.grids.grid import Grid
 from ptq.solvers.rank_one import LEAST_STEP
 
+LOGARITHM = re.compile(r"(^|_)log_")  # in names of parameters, and of those of one width of rows
+LEAST_FACTOR = 1e-3  # of a range: no step becomes 0
 SMALLEST_SIZE = 0.1  # of a parameter's own step, in root mean squares of its tensor
 
 
@@ -32,7 +35,7 @@ class GridVariables:
     def __init__(self, grid: Grid, form: GridForm, trained: bool) -> None:
         self.start, self.form, self.trained = grid, form, trained
         self.parameters = {name: p.detach().clone() for name, p in grid.parameters().items()}
-        self.logarithms = {name for name in self.parameters if name.startswith("log_")}
+        self.logarithms = {name for name in self.parameters if LOGARITHM.search(name)}
         self.sizes = {
             name: torch.ones_like(p) if name in self.logarithms else _sizes(p)
             for name, p in self.parameters.items()
@@ -62,7 +65,8 @@ class GridVariables:
             elif self.form is GridForm.factor:
                 moved[name] = p * 2 * torch.sigmoid(v)
             else:
-                moved[name] = p + self.sizes[name] * v if self.form is GridForm.relative else p * (1 + v)
+                relative = self.form is GridForm.relative
+                moved[name] = p + self.sizes[name] * v if relative else p * (1 + v).clamp_min(LEAST_FACTOR)
         return self.start.with_parameters(moved)
 
     def _ranged(self, start: AffineGrid) -> AffineGrid:
@@ -70,7 +74,7 @@ class GridVariables:
         low_factor, high_factor = 1 + self.variables["low"], 1 + self.variables["high"]
         steps = start.code_max - start.code_min
         if start.offset is None and start.zero_point is None:
-            return replace(start, scale=start.scale * high_factor)
+            return replace(start, scale=start.scale * high_factor.clamp_min(LEAST_FACTOR))
         # rows so small that steps of parts of theirs underflow stay as they are
         alive = start.scale.abs() > LEAST_STEP
         step = torch.where(alive, start.scale, torch.ones_like(start.scale))
@@ -78,7 +82,7 @@ class GridVariables:
         assert shift is not None
         low = shift * low_factor
         scale = ((shift + step * steps) * high_factor - low) / steps
-        scale = torch.where(scale.abs() < 1e-3 * step.abs(), 1e-3 * step, scale)
+        scale = torch.where(scale.abs() < LEAST_FACTOR * step.abs(), LEAST_FACTOR * step, scale)
         moved = torch.where(alive, scale, start.scale)
         if start.zero_point is None:
             return replace(start, scale=moved, offset=torch.where(alive, low, shift))

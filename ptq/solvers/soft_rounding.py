@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ptq.errors import InputError
 from ptq.grids.grid import Grid, code_dtype
+from ptq.grids.row_widths import RowWidthsGrid
 
 ZETA, GAMMA = 1.1, -0.1  # the stretched sigmoid reaches 0 and 1 at finite V
 UNDECIDED = 0.05  # a weight is undecided while its h is farther than this from 0 and from 1
@@ -81,16 +82,27 @@ def place(grid: Grid, T: Tensor) -> Tensor:
     codes = grid.round(T)
     value = grid.values(codes)
     rest = T - value
+    least, most = _limits(grid)
     way = torch.zeros_like(T)
     for direction in (-1, 1):
-        end = grid.code_max if direction > 0 else grid.code_min
-        neighbour = grid.values((codes + direction).clamp(grid.code_min, grid.code_max)) - value
-        inwards = grid.values((codes - direction).clamp(grid.code_min, grid.code_max)) - value
+        end = most if direction > 0 else least
+        neighbour = grid.values((codes + direction).clamp(least, most)) - value
+        inwards = grid.values((codes - direction).clamp(least, most)) - value
         fraction = _ratio(rest, neighbour)
         way = torch.where((fraction > 0) & (way == 0), direction * fraction.clamp_max(MOST_WAY), way)
         beyond = -_ratio(rest, inwards)  # in steps of the last pair of codes
         way = torch.where((codes == end) & (beyond > 0), direction * beyond, way)
     return codes.to(T.dtype) + way
+
+
+def _limits(grid: Grid) -> tuple[Any, Any]:
+    """The least and the greatest code: two numbers, or two tensors [groups, out, 1] where rows differ."""
+    return grid.code_limits() if isinstance(grid, RowWidthsGrid) else (grid.code_min, grid.code_max)
+
+
+def _last_below(least: Any, most: Any) -> Any:
+    """The greatest code that has another above it."""
+    return torch.maximum(most - 1, least) if isinstance(most, Tensor) else max(most - 1, least)
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
@@ -113,10 +125,16 @@ class Relaxation(ABC):
     """
 
     def __init__(self, grid: Grid, T: Tensor, codes: Tensor, learned: Tensor | None) -> None:
-        self.code_min, self.code_max, self.dtype = grid.code_min, grid.code_max, code_dtype(grid)
+        self.least, self.most = _limits(grid)
+        self.dtype = code_dtype(grid)
         self.settled = codes.clone()
-        self.learned = learned
+        self.learn(learned)
         self.V = torch.zeros_like(T)  # the variables; the trainer asks for their gradient
+
+    def learn(self, mask: Tensor | None) -> None:
+        """From now on learn the weights of the mask, None for all; the others keep their codes."""
+        self.learned = mask
+        self.count = self.settled.numel() if mask is None else int(mask.sum())
 
     def values(self, grid: Grid) -> Tensor:
         """Soft Ŵ [groups, out, in] on a grid that started as the one given."""
@@ -125,7 +143,7 @@ class Relaxation(ABC):
 
     def codes(self, grid: Grid) -> Tensor:
         """The codes that the weights would end as now."""
-        hard = self._hard(grid).clamp(self.code_min, self.code_max).to(self.dtype)
+        hard = self._hard(grid).clamp(self.least, self.most).to(self.dtype)
         return hard if self.learned is None else torch.where(self.learned, hard, self.settled)
 
     def state(self) -> list[Tensor]:
@@ -149,7 +167,7 @@ class Relaxation(ABC):
         """After a step: variables back into their range, decided weights settled."""
 
     def undecided(self) -> float:
-        """Fraction of the weights whose soft value is not that of a code."""
+        """Of the weights to learn, the fraction whose soft value is not that of a code."""
         return 0.0
 
 
@@ -165,13 +183,13 @@ class Between(Relaxation):
         softening: Softening,
         start: Tensor,
     ) -> None:
-        super().__init__(grid, T, codes, learned)
         self.softening = softening
+        super().__init__(grid, T, codes, learned)
         self.lower = start.floor()
         h = start - self.lower
         # clipped after h is added: what lies outside the range stays at its end, whatever h is
         self.below, self.above = (
-            c.clamp(self.code_min, self.code_max).to(self.dtype) for c in (self.lower, self.lower + 1)
+            c.clamp(self.least, self.most).to(self.dtype) for c in (self.lower, self.lower + 1)
         )
         self.free = self.below != self.above
         self.ends = grid, grid.values(self.below), grid.values(self.above)  # kept while the grid stays
@@ -179,8 +197,12 @@ class Between(Relaxation):
         self.used: tuple[int, Tensor] | None = None  # h of the last soft values, and the version of V then
         self.V = -torch.log((ZETA - GAMMA) / (h - GAMMA) - 1) if self.sigmoid else h
         if softening.kind is Kind.progressive:
-            self.learned = torch.ones_like(self.free) if learned is None else learned.clone()
             self.advance(0.0, grid)
+
+    def learn(self, mask: Tensor | None) -> None:
+        if self.softening.kind is Kind.progressive:  # which takes weights out of the mask as it goes
+            mask = torch.ones_like(self.settled, dtype=torch.bool) if mask is None else mask.clone()
+        super().learn(mask)
 
     def state(self) -> list[Tensor]:
         if self.softening.kind is Kind.progressive and self.learned is not None:
@@ -228,7 +250,7 @@ class Between(Relaxation):
         wanted = parts[int(progress * len(parts))] if progress < 1 else 0.0
         learned = self.learned
         assert learned is not None
-        excess = int(learned.sum()) - math.ceil(wanted * learned.numel())
+        excess = int(learned.sum()) - math.ceil(wanted * self.count)
         if excess > 0:
             decided = torch.where(learned, (self.h() - 0.5).abs(), -torch.ones_like(self.V)).flatten()
             chosen = torch.zeros_like(learned).flatten()
@@ -244,7 +266,7 @@ class Between(Relaxation):
         open_ = self.free & (h > UNDECIDED) & (h < 1 - UNDECIDED)
         if self.learned is not None:
             open_ = open_ & self.learned
-        return float(open_.float().mean())
+        return float(open_.sum()) / max(1, self.count)
 
 
 class _StretchedSigmoid(torch.autograd.Function):
@@ -289,12 +311,12 @@ class FullRange(Relaxation):
 
     def __init__(self, grid: Grid, T: Tensor, codes: Tensor, learned: Tensor | None, start: Tensor) -> None:
         super().__init__(grid, T, codes, learned)
-        self.V = start.clamp(self.code_min, self.code_max)
+        self.V = start.clamp(self.least, self.most)
 
     def _soft(self, grid: Grid) -> Tensor:
         with torch.no_grad():
-            below = self.V.floor().clamp(self.code_min, max(self.code_max - 1, self.code_min))
-            above = (below + 1).clamp_max(self.code_max)
+            below = self.V.floor().clamp(self.least, _last_below(self.least, self.most))
+            above = (below + 1).clamp(self.least, self.most)
             hard = (self.V - below >= 0.5).to(self.V.dtype)
         low, high = grid.values(below.to(self.dtype)), grid.values(above.to(self.dtype))
         step = (high - low).detach()
@@ -306,7 +328,7 @@ class FullRange(Relaxation):
 
     @torch.no_grad()
     def advance(self, progress: float, grid: Grid) -> None:
-        self.V.clamp_(self.code_min, self.code_max)
+        self.V.clamp_(self.least, self.most)
 
 
 class Moving(Relaxation):
@@ -346,8 +368,8 @@ class Moving(Relaxation):
         moved = self._moved()
         with torch.no_grad():
             own, whole = self._place(grid, moved)
-            hard = _nearest_code(whole, self.code_min, self.code_max)
-            inside = (whole >= self.code_min - 0.5) & (whole <= self.code_max + 0.5)
+            hard = _nearest_code(whole, self.least, self.most)
+            inside = (whole >= self.least - 0.5) & (whole <= self.most + 0.5)
         before = _value_at(grid, own)
         soft = grid.values(hard.to(self.dtype)) - torch.where(inside, before - before.detach(), 0.0)
         if self.kind is Kind.signed_offset:
@@ -359,7 +381,7 @@ class Moving(Relaxation):
         return soft + torch.where(inside, through, 0.0)
 
     def _hard(self, grid: Grid) -> Tensor:
-        return _nearest_code(self._place(grid, self._moved())[1], self.code_min, self.code_max)
+        return _nearest_code(self._place(grid, self._moved())[1], self.least, self.most)
 
     @torch.no_grad()
     def advance(self, progress: float, grid: Grid) -> None:
@@ -367,14 +389,15 @@ class Moving(Relaxation):
             self.V.clamp_(-0.5, 0.5)
 
 
-def _nearest_code(whole: Tensor, code_min: int, code_max: int) -> Tensor:
-    return whole.round().clamp(code_min, code_max)
+def _nearest_code(whole: Tensor, least: Any, most: Any) -> Tensor:
+    return whole.round().clamp(least, most)
 
 
 def _pair(grid: Grid, whole: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Codes on both sides of a place within the range, and the way from the first."""
-    below = whole.floor().clamp(grid.code_min, max(grid.code_max - 1, grid.code_min))
-    above = (below + 1).clamp_max(grid.code_max)
+    least, most = _limits(grid)
+    below = whole.floor().clamp(least, _last_below(least, most))
+    above = (below + 1).clamp(least, most)
     return below.to(code_dtype(grid)), above.to(code_dtype(grid)), whole - below
 
 

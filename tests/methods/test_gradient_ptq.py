@@ -7,16 +7,21 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 import ptq
+from ptq.block_problem import BlockProblem
 from ptq.config import build, load_choice
 from ptq.errors import InputError
 from ptq.layers import QuantizedLayer
 from ptq.losses import Fisher, Loss, largest_directions
-from ptq.methods.method import units_of
+from ptq.methods.method import check_pair, stored_size, units_of
+from ptq.plan import Call
 from ptq.problem import LayerProblem
+from ptq.resume import Resume
 from ptq.solvers.grid_variables import GridForm, GridVariables
 from ptq.solvers.soft_rounding import Kind, Softening, relax
+from ptq.unit_loss import Augmentation, BlockLoss
 from tests.conftest import random_problem
 
 
@@ -58,7 +63,9 @@ def net() -> tuple[Net, list[Tensor]]:
 QUICK: dict[str, Any] = {"iterations": 60, "rounding_rate": 0.02, "batch_size": 8, "schedule": "cosine"}
 
 
-def run(net: tuple[Net, list[Tensor]], name: str, bits: int = 2, grid: str | None = None, **overrides: Any):
+def run(
+    net: tuple[Net, list[Tensor]], name: str, bits: int | str = 2, grid: str | None = None, **overrides: Any
+):
     return ptq.quantize_model(net[0], net[1], name, grid, bits, **{**QUICK, **overrides})
 
 
@@ -188,11 +195,28 @@ def test_a_layer_whose_loss_is_not_finite_keeps_its_start(choice) -> None:
     spec = choice("grid", "affine")
     start = spec.fit(problem.T, 3, None, problem.H).round(problem.T)
     problem.H = problem.H * (1e39 / float(problem.H.abs().max()))  # beyond float32
-    codes, _ = choice("method", "adaround", iterations=250, checks=1).quantize_layer(problem, spec, 3, None)
-    [(_, tuned)] = problem.trained
-    assert tuned.steps < 250
-    assert not tuned.kept
-    assert torch.equal(codes, start)
+    for iterations in (250, 60):  # more than a round, and less
+        problem.trained.clear()
+        method = choice("method", "adaround", iterations=iterations, checks=1)
+        codes, _ = method.quantize_layer(problem, spec, 3, None)
+        [(_, tuned)] = problem.trained
+        assert tuned.steps < iterations
+        assert not tuned.kept
+        assert tuned.loss_after == tuned.loss_before
+        assert torch.equal(codes, start)
+
+
+def test_a_block_whose_loss_is_not_finite_keeps_its_start(net) -> None:
+    """Whether or not the best is asked for."""
+    plain, _ = ptq.quantize_model(net[0], net[1], "rtn", "affine_mse", 2)
+    tuned, report = run(net, "brecq", start="rtn", variables=["rounding", "bias"], bias_rate=1e38, checks=1)
+    diverged = [unit for unit in report.tuning if unit.steps < QUICK["iterations"]]
+    assert diverged
+    assert not any(unit.kept for unit in diverged)
+    for unit in diverged:
+        for name, layer in plain.get_submodule(unit.unit).named_modules(prefix=unit.unit):
+            if isinstance(layer, QuantizedLayer):
+                assert torch.equal(layer.grid_and_codes()[1], tuned.get_submodule(name).grid_and_codes()[1])
 
 
 def test_a_block_gives_less_loss_than_it_started_with(net) -> None:
@@ -325,6 +349,99 @@ def test_random_selection_leaves_the_others_at_their_first_codes(net) -> None:
         assert 0 < float((before != after).float().mean()) <= 0.25
 
 
+@pytest.mark.parametrize("unit", ["layer", "block"])
+def test_selection_by_gradient_is_that_at_the_quantized_weights(unit: str) -> None:
+    torch.manual_seed(0)
+    module, x = nn.Sequential(nn.Linear(12, 6)), torch.randn(64, 12) @ torch.randn(12, 12)
+    plain, _ = ptq.quantize_model(module, [x], "rtn", "affine_mse", 2)
+    few = {"selection": "gradient", "selected": 0.25, "start": "rtn", "unit": unit, "float_target": False}
+    tuned, _ = run((module, [x]), "brecq", rounding_rate=0.1, batch_size=64, **few)
+    grid, before = plain[0].grid_and_codes()
+    slope = (grid.values(before) - module[0].weight.detach()) @ (x.T @ x)
+    least = slope.abs().flatten().topk(18).values[-1]
+    changed = before != tuned[0].grid_and_codes()[1]
+    assert bool(changed.any())
+    assert bool((slope.abs()[changed] >= least * (1 - 1e-4)).all())
+
+
+@pytest.mark.parametrize("loss", [kind.value for kind in Loss])
+def test_blocks_of_linear_layers_have_their_channels_last(loss: str) -> None:
+    """[samples, height, width, channels], as in Swin: the loss is that of the same as tokens."""
+    torch.manual_seed(0)
+    module, images = (
+        nn.Sequential(nn.Linear(6, 6), nn.Flatten(1, -2), nn.Linear(6, 4)),
+        torch.randn(8, 5, 3, 6),
+    )
+    tokens = images.flatten(1, 2)
+    settings = {"loss": loss, "iterations": 20, "checks": 1}
+    losses = [run((module, [x]), "brecq", **settings)[1].tuning[0].loss_before for x in (images, tokens)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    mean = nn.functional.mse_loss
+    quantized, _ = ptq.quantize_model(module, [images], "rtn", "affine_mse", 2)
+    assert losses[0] == pytest.approx(6 * float(mean(quantized[0](images), module[0](images))), rel=1e-4)
+
+
+def test_inputs_of_layers_are_left_unquantized_at_random(choice) -> None:
+    """QDrop's dropping inside a block: a layer that reads the model's input gets no other augmentation."""
+    torch.manual_seed(0)
+    module, x = nn.Sequential(nn.Linear(12, 6)), torch.randn(64, 12)
+    bits = choice("bits", "w3a8", activation=2)
+    results = {}
+    for probability in (0.0, 1.0):
+        _, report = ptq.quantize_model(
+            module, [x], "qdrop", bits=bits, variables=["rounding"], probability=probability, iterations=20
+        )
+        (results[probability],) = report.tuning
+    assert results[0.0].loss_before == results[1.0].loss_before  # measured as it will run
+    assert results[1.0].losses[0] < 0.5 * results[0.0].losses[0]  # weights' error alone
+
+
+@pytest.mark.parametrize("granularity", ["default", "per_channel"])
+def test_steps_of_inputs_are_learned_where_named(net, granularity: str) -> None:
+    def steps(**changes: Any) -> dict[str, Tensor]:
+        quantized, _ = run(net, "qdrop", bits="w2a4", activations=granularity, **changes)
+        state = quantized.state_dict()
+        return {name: t for name, t in state.items() if name.endswith("input_quantizer.scale")}
+
+    fixed, learned = steps(variables=["rounding"]), steps(activation_rate=1e-3)
+    assert len(fixed) == 6
+    assert not torch.equal(fixed["stem.input_quantizer.scale"], learned["stem.input_quantizer.scale"])
+    assert_close(learned["stem.input_quantizer.scale"], fixed["stem.input_quantizer.scale"], rtol=0.5, atol=0)
+
+
+def test_the_starts_own_size_and_refusals(choice) -> None:
+    problem = random_problem(6, 20, dtype=torch.float32)
+    grid = choice("grid", "affine")
+    method = choice("method", "tesseraq", start="awq", iterations=5)
+    codes, fitted = method.quantize_layer(problem, grid, 3, None)
+    assert stored_size(method, grid, problem.T, 3, None) == fitted.storage_bits(codes)
+    assert stored_size(method, grid, problem.T, 3, None) != grid.size(problem.T, 3, None)
+    with pytest.raises(InputError, match=r"hqq solves for real offsets.*use grid=affine_float"):
+        check_pair(choice("method", "adaround", start="hqq"), grid)
+    check_pair(choice("method", "adaround", start="hqq"), choice("grid", "affine_float"))
+
+
+@pytest.mark.parametrize("float_target", [False, True])
+def test_mixed_samples_have_the_target_that_is_measured(float_target: bool) -> None:
+    """What the block's float twin gives for the mixed inputs of the kind that the plain target is of."""
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(5, 5))
+    x, x_float = torch.randn(2, 16, 5)
+    problem = BlockProblem(
+        name="block", block=block, original=block, calls=[Call((x,), {})], float_calls=[Call((x_float,), {})],
+        targets=[block(x_float if float_target else x).detach()], output_gradients=None, seed=0,
+        progress=False, resume=Resume(),
+    )  # fmt: skip
+    loss = BlockLoss(
+        problem, problem.targets, kind=Loss.l2, p=2.0, batch_size=16, augmentation=Augmentation.mixup,
+        probability=0.5, strength=1.0, float_target=float_target, fisher_rank=1, low_rank_fraction=0.5,
+        device=torch.device("cpu"), seed=0,
+    )  # fmt: skip
+    (piece,) = loss.pieces
+    assert (float(loss.plain(piece)) > 0.1) == float_target  # an unquantized block has no loss of its own
+    assert (float(loss.training(piece)) > 0.1) == float_target
+
+
 def test_fisher_weights_are_those_of_the_float_network(choice, net) -> None:
     weight = torch.tensor([[1.0, 3.0]])
     output, target = torch.tensor([[1.0, 2.0]]), torch.zeros(1, 2)
@@ -384,6 +501,10 @@ def test_the_low_rank_loss_is_the_fishers_quadratic_form_and_the_diagonal_its_ow
         ({"variables": ["grid"]}, "must name rounding"),
         ({"grid_form": "range"}, "rounded anew"),
         ({"start": "comqq"}, "did you mean 'comq'"),
+        ({"start": "qft"}, "method.start=qft does not solve layer by layer"),
+        ({"start": "brecq"}, "method.start=brecq does not solve layer by layer"),
+        ({"beta": []}, r"beta and betas are pairs of numbers; got \[\] and"),
+        ({"unit": "block", "augmentation": "mixup", "strength": 2.5}, "use at most 2"),
         ({"selected": 0.0}, r"fraction in \(0, 1\]"),
         ({"rounding_rate": 0.0}, "rates must be positive"),
         ({"float_target": True}, "takes its target from calibration.target"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 import ptq
 from ptq import checkpoint
 from ptq.config import CONF_DIR, build, choices, load_choice
+from ptq.distillation import Distance, distance
 from ptq.errors import InputError
 from ptq.layers import QuantizedLayer
 from ptq.methods.qft import QFT
@@ -77,7 +79,8 @@ def problem_of(
     return NetworkProblem(
         adapter=adapter,
         graph=folded_graph(adapter, batches[0]),
-        batches=batches,
+        images=torch.cat(batches),
+        batch_size=len(batches[0]),
         bits=dict.fromkeys(names, bits),
         activation_bits=dict.fromkeys(names, activation),
         activations=build(load_choice("activations", "default")),
@@ -234,6 +237,39 @@ def test_integers_are_as_accurate_as_fake_quantization(choice, regime: str) -> N
     assert accuracies[0] > 0.97
     assert abs(accuracies[1] - accuracies[0]) < 1.5 / len(labels)
     assert int((fake != integers).sum()) <= 2
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@torch.no_grad()
+def test_the_loss_after_training_is_that_of_the_integers(name: str) -> None:
+    """What the record says of the network in training holds for codes, steps and factors as stored."""
+    module, batches = network(name)
+    student, report = quantized(
+        module, batches, target="logits", bits="w3a8", validation_fraction=0.0, units="equalize", epochs=4
+    )
+    assert report.tuning[0].kept
+    losses = [distance(Distance.relative_l2, student(b), module(b)) for b in batches]
+    assert float(sum(losses) / len(losses)) == pytest.approx(report.tuning[0].loss_after, rel=0.05)
+
+
+def test_a_loss_that_explodes_ends_training_with_the_best(caplog: pytest.LogCaptureFixture) -> None:
+    module, batches = network("resnet")
+    student, report = quantized(module, batches, rate="absolute", learning_rate=1e30, epochs=5)
+    (tuned,) = report.tuning
+    assert tuned.steps < 5 * 3
+    assert all(math.isfinite(loss) for loss in [*tuned.losses, tuned.loss_before, tuned.loss_after])
+    assert tuned.loss_after <= tuned.loss_before
+    assert bool(torch.isfinite(student(batches[0])).all())
+    assert "no longer finite" in caplog.text
+
+
+def test_images_that_move_are_compared_with_the_float_network_on_the_same() -> None:
+    """At sixteen bits no image makes a difference, however it is moved."""
+    module, batches = network("resnet")
+    bits = build(load_choice("bits", "w8a8", weight=16, activation=16))
+    rates = {"learning_rate": 1e-4, "scale_learning_rate": 1e-5}
+    _, report = quantized(module, batches, bits=bits, flip=True, shift=2, **rates)
+    assert 0 < max(report.tuning[0].losses) < 1e-5
 
 
 @pytest.mark.parametrize("regime", ["layer_wise", "doubly_channel_wise"])
@@ -432,6 +468,14 @@ def test_what_cannot_be_done_is_refused_before_work() -> None:
     ):
         with pytest.raises(InputError, match=message):
             quantized(module, batches, bits=build(load_choice("bits", "mixed", **changes)))
+    per_channel = build(load_choice("activations", "per_channel"))
+    with pytest.raises(InputError, match="granularity tensor; got channel"):
+        quantized(module, batches, activations=per_channel)
+    quantized(module, batches, bits="w4", activations=per_channel, epochs=0)  # not read
+    with pytest.raises(InputError, match="tensors of images, all of one size; got also tuple"):
+        quantized(module, [(batches[0],)])
+    with pytest.raises(InputError, match=r"one size; got also shape \[16, 1, 4, 8\]"):
+        quantized(module, [batches[0], batches[0][:, :, :4]])
     with pytest.raises(InputError, match="takes no tuning"):
         ptq.quantize_model(module, batches, "qft", bits=4, tuning="network")
     with pytest.raises(InputError, match="needs calibration data"):
@@ -442,7 +486,7 @@ def test_what_cannot_be_done_is_refused_before_work() -> None:
         quantized(module, batches, validation_fraction=0.999)
     text: dict[str, Any] = {"name": "text", "module": module, "task": "language_modeling"}
     with pytest.raises(InputError, match="'text' is a language model"):
-        check_whole(ModelAdapter(**text, forward=nn.Module.__call__), load_bits(), None, None)
+        check_whole(ModelAdapter(**text, forward=nn.Module.__call__), load_bits(), None, None, None)
 
 
 def load_bits() -> Any:

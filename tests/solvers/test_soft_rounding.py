@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from ptq.errors import InputError
 from ptq.grids.affine import AffineGrid
 from ptq.grids.grid import Grid
+from ptq.grids.row_widths import RowWidths
 from ptq.solvers.grid_variables import GridForm, GridVariables
 from ptq.solvers.soft_rounding import Kind, Softening, place, relax
 from tests.conftest import random_problem
@@ -168,6 +169,82 @@ def test_progressive_hardening_follows_its_fractions(choice) -> None:
     settled = rounding.codes(grid)
     rounding.V = -rounding.V  # settled weights no longer move
     assert torch.equal(rounding.codes(grid), settled)
+
+
+def test_progressive_hardening_counts_the_weights_to_learn_only(choice) -> None:
+    grid, T = fitted(choice, "affine_float")
+    mask = torch.zeros_like(T, dtype=torch.bool)
+    mask[..., ::6] = True
+    given = mask.clone()
+    rounding = relax(softening(Kind.progressive, soft_fractions=[0.75, 0.25]), grid, T, grid.round(T), mask)
+    assert int(rounding.learned.sum()) == math.ceil(0.75 * int(mask.sum()))
+    assert rounding.undecided() <= 0.75
+    rounding.advance(0.5, grid)
+    assert int(rounding.learned.sum()) == math.ceil(0.25 * int(mask.sum()))
+    assert torch.equal(mask, given)  # the caller's own
+
+
+def some_widths(choice, name: str) -> tuple[Grid, Tensor]:
+    """Rows of two to eight bits, whose narrow ranges cut weights off at both ends."""
+    problem = random_problem(8, 40)
+    rows = torch.tensor([[2, 2, 3, 8, 4, 2, 3, 8]])
+    spec = RowWidths(inner=choice("grid", name), rows=rows, widths=[2, 3, 4, 8])
+    return spec.fit(problem.T, 0), problem.T
+
+
+@pytest.mark.parametrize("kind", [Kind.full_range, Kind.signed_offset])
+@pytest.mark.parametrize("name", ["affine_mse", "symmetric"])
+def test_no_weight_is_stuck_at_the_end_of_a_narrow_row(choice, kind: Kind, name: str) -> None:
+    grid, T = some_widths(choice, name)
+    codes = grid.round(T)
+    least, most = grid.code_limits()
+    assert bool(((codes == least) | (codes == most)).any(-1).all())
+    rounding = relax(softening(kind), grid, T, codes)
+    rounding.V.requires_grad_(True)
+    soft = rounding.values(grid)
+    assert_close(soft, grid.values(codes))
+    soft.sum().backward()
+    inside = rounding.V.grad != 0
+    if kind is Kind.signed_offset:  # beyond the end an offset changes nothing
+        whole = place(grid, T)
+        assert torch.equal(inside, (whole >= least - 0.5) & (whole <= most + 0.5))
+        assert not bool(inside.all())
+    else:
+        assert bool(inside.all())
+        with torch.no_grad():
+            rounding.V -= 1.0
+            rounding.advance(0.5, grid)
+        assert bool((least <= rounding.V).all())
+        assert torch.equal(rounding.codes(grid), (codes - 1).clamp(least, most).to(codes.dtype))
+
+
+def test_places_of_a_narrow_row_are_those_of_its_own_grid(choice) -> None:
+    grid, T = some_widths(choice, "affine_mse")
+    whole = place(grid, T)
+    for width, own in grid.grids.items():
+        rows = grid.rows[0] == width
+        assert_close(whole[:, rows], place(own, T[:, rows]))
+
+
+@pytest.mark.parametrize("name", ["symmetric", "power_learned"])
+def test_a_range_never_becomes_nothing(choice, name: str) -> None:
+    grid, _ = fitted(choice, name)
+    variables = GridVariables(grid, GridForm.range, trained=True)
+    for v in variables.variables.values():
+        v -= 5.0
+    variables.advance()
+    assert_close(variables.grid().scale, 1e-3 * grid.scale)
+
+
+@pytest.mark.parametrize("form", GridForm)
+def test_exponents_of_rows_of_one_width_move_as_logarithms(choice, form: GridForm) -> None:
+    grid, _ = some_widths(choice, "power_learned")
+    before = {width: own.log_exponent.clone() for width, own in grid.grids.items()}
+    variables = GridVariables(grid, form, trained=True)
+    for name, v in variables.variables.items():
+        v += 0.1 if "log_exponent" in name else 0.0
+    for width, own in variables.grid().grids.items():
+        assert_close(own.log_exponent, before[width] + 0.1)
 
 
 def test_weights_that_are_not_learned_stay(choice) -> None:
