@@ -30,6 +30,7 @@ def reset_peak_memory(device: torch.device) -> None:
     Linux: the peak is then that of the process's life.
     """
     if device.type == "cuda":
+        torch.cuda.init()  # which counters need
         torch.cuda.reset_peak_memory_stats(device)
         return
     if _glibc():

@@ -84,9 +84,9 @@ class GradientPTQ:
     batch_size: int  # samples a step, at most those of a calibration batch; unit=layer takes all
     augmentation: Augmentation
     probability: float  # for augmentation=qdrop: of an element being the float network's, or unquantized
-    strength: (
-        float  # of noise, in root mean squares of what quantization does; of mixup, twice the most mixed in
-    )
+    # of noise, in root mean squares of what quantization does to the input; of mixup, twice the most that a
+    # sample takes of another
+    strength: float
     float_target: bool  # units give what the float unit gives on the float network's inputs, not on their own
     selection: Selection
     selected: float  # fraction of each layer's weights that are learned
