@@ -125,6 +125,17 @@ def test_gradients_by_finite_differences(choice, name: str) -> None:
         assert_close((after - before) / 2e-6, (slope * along).sum(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", list(Kind))
+@pytest.mark.parametrize("name", [*GRIDS, "ptnq_channel", "entropy"])
+def test_nearly_every_weight_has_a_gradient(choice, kind: Kind, name: str) -> None:
+    """On every kind of grid; without one are weights that a range cuts off."""
+    grid, T = fitted(choice, name)
+    rounding = relax(softening(kind, soft_fractions=[0.99]), grid, T, grid.round(T))
+    rounding.V.requires_grad_(True)
+    (rounding.values(grid) * torch.randn_like(T)).sum().backward()
+    assert float((rounding.V.grad != 0).double().mean()) > 0.8
+
+
 @pytest.mark.parametrize("kind", [Kind.signed_offset, Kind.weights, Kind.division, Kind.full_range])
 def test_straight_through_gradients(kind: Kind) -> None:
     """dŵ/dV is the step (in the weights' own units where V is one), and a scale's that of LSQ."""
