@@ -423,6 +423,30 @@ def test_the_starts_own_size_and_refusals(choice) -> None:
     check_pair(choice("method", "adaround", start="hqq"), choice("grid", "affine_float"))
 
 
+class Flipping(nn.Linear):
+    """Its output hangs on the number of samples, as that of rounded inputs may."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 0.1 * len(x)
+
+
+def test_calls_are_cut_by_what_the_float_block_does() -> None:
+    torch.manual_seed(0)
+    original, x = nn.Sequential(nn.Linear(5, 5)), torch.randn(16, 5)
+    problem = BlockProblem(
+        name="block", block=nn.Sequential(Flipping(5, 5)), original=original, calls=[Call((x,), {})],
+        float_calls=[Call((x + 0.1,), {})], targets=[original(x).detach()], output_gradients=None, seed=0,
+        progress=False, resume=Resume(),
+    )  # fmt: skip
+    loss = BlockLoss(
+        problem, problem.targets, kind=Loss.l2, p=2.0, batch_size=4, augmentation=Augmentation.qdrop,
+        probability=0.5, strength=1.0, float_target=True, fisher_rank=1, low_rank_fraction=0.5,
+        device=torch.device("cpu"), seed=0,
+    )  # fmt: skip
+    assert [len(piece.target) for piece in loss.pieces] == [4, 4, 4, 4]
+    assert [len(piece.float_input) for piece in loss.pieces] == [4, 4, 4, 4]
+
+
 @pytest.mark.parametrize("float_target", [False, True])
 def test_mixed_samples_have_the_target_that_is_measured(float_target: bool) -> None:
     """What the block's float twin gives for the mixed inputs of the kind that the plain target is of."""

@@ -272,6 +272,21 @@ def test_images_that_move_are_compared_with_the_float_network_on_the_same() -> N
     assert 0 < max(report.tuning[0].losses) < 1e-5
 
 
+def test_attention_whose_query_key_and_value_are_one() -> None:
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.into, self.head = nn.Linear(8, 6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.into(x[:, 0])
+            return self.head(nn.functional.scaled_dot_product_attention(x, x, x).mean(1))
+
+    torch.manual_seed(0)
+    _, report = quantized(Attending().eval(), list(torch.randn(48, 1, 8, 8).split(16)))
+    assert [layer.name for layer in report.layers] == ["into", "head"]
+
+
 @pytest.mark.parametrize("regime", ["layer_wise", "doubly_channel_wise"])
 def test_training_lowers_the_loss_and_the_file_holds_all(choice, tmp_path: Path, regime: str) -> None:
     module, batches = network("resnet")
