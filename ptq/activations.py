@@ -11,7 +11,7 @@ convolution, [channels, 1, 1] for channels; [positions, 1] for token positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import Enum
 from typing import Any
 
@@ -147,9 +147,17 @@ class ActivationQuantizer(nn.Module):
         return f"bits={self.bits}, {self.granularity.value}, signed={self.signed}, scale={scales}"
 
 
-def least_step(scale: Tensor) -> Tensor:
-    """The least that each of these scales may become while it is learned: a step must stay positive."""
-    return LEAST_SHARE * scale.detach()
+class LearnedSteps:
+    """Scales of inputs in training, none of which may fall below a share of its start."""
+
+    def __init__(self, scales: Iterable[Tensor]) -> None:
+        self.limits = [(scale, LEAST_SHARE * scale.detach()) for scale in scales]
+
+    @torch.no_grad()
+    def keep_positive(self) -> None:
+        """After a step of descent: back to the least share what went below it."""
+        for scale, least in self.limits:
+            scale.clamp_(min=least)
 
 
 def code_range(bits: int, signed: bool) -> tuple[int, int]:

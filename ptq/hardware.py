@@ -51,7 +51,7 @@ def keep_freed_memory() -> None:
     """Have this process keep the memory that tensors free, for those that follow.
 
     glibc gives large blocks back at once, so that the kernel zeroes every page of every intermediate tensor
-    again: as much as half of a forward pass on a CPU. After this, blocks come from a heap that is never
+    again, in every forward pass. After this, blocks come from a heap that is never
     trimmed, whose peak is somewhat higher. What other allocators do is left alone.
     """
     if not _glibc():

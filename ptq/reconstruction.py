@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptq.activations import ActivationQuantizer, least_step
+from ptq.activations import ActivationQuantizer, LearnedSteps
 from ptq.descent import Descent, Schedule, Stepper
 from ptq.errors import InputError
 from ptq.grids.grid import Grid
@@ -193,7 +193,7 @@ class Trainer:
                 for alias in names_of(module, layer):
                     replace_module(module, alias, soft)
         self.generator = generator
-        self.limits: list[tuple[Tensor, Tensor]] = []  # steps of inputs that are learned, and their least
+        self.steps = LearnedSteps([])  # of inputs
 
     def others(self) -> dict[Variable, list[nn.Parameter]]:
         """Float parameters that are trained beside codes and grids, each once."""
@@ -232,8 +232,7 @@ class Trainer:
         if recipe.selection is Selection.gradient and recipe.selected < 1:
             self._select(pieces[:PROBED], plain)
         stepper = self._stepper(others)
-        scales = others[Variable.activation] if recipe.trains(Variable.activation) else []
-        self.limits = [(p, least_step(p)) for p in scales]
+        self.steps = LearnedSteps(others[Variable.activation] if recipe.trains(Variable.activation) else [])
         changing: list[Tensor] = [t for layer in self.layers for t in layer.state()]
         changing += [p for v in recipe.variables for p in others[v]]
         best = [t.detach().clone() for t in changing]
@@ -337,8 +336,7 @@ class Trainer:
             for layer in self.layers:
                 layer.grid_variables.advance()
                 layer.relaxation.advance((step + 1) / total, layer.grid_variables.grid())
-            for scale, least in self.limits:
-                scale.clamp_(min=least)
+        self.steps.keep_positive()
         return plain
 
     def _select(self, pieces: Sequence[Any], plain: Callable[[Any], Tensor]) -> None:

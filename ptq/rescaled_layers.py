@@ -87,7 +87,7 @@ class RescaledLayer(nn.Module):
         self.signed = quantizer is not None and quantizer.signed
         self.activation_bits = None if quantizer is None else quantizer.bits
         self.zero_point = None if quantizer is None else quantizer.zero_point
-        self.zero = 0 if self.zero_point is None else int(self.zero_point)
+        self.input_range = None if quantizer is None else quantizer.centred_range()
         self.tensor = tensor
         self.rounds = True  # False: codes are not rounded, and everything is smooth but for clipping
         self.train(layer.training)
@@ -117,14 +117,12 @@ class RescaledLayer(nn.Module):
         return apply_weight(x, shaped(self.quantized_weight(), self.geometry), self.bias, self.geometry)
 
     def _quantized_input(self, x: Tensor) -> Tensor:
-        assert self.activation_bits is not None
+        assert self.input_range is not None
         units = self.shared[0].units()[self.get_buffer("inputs")]
         scale = self.shared[0].step(self.tensor) * units
         if self.geometry["kind"] == "conv2d":
             scale = scale[:, None, None]
-        half = 2 ** (self.activation_bits - 1)
-        low, high = (-half, half - 1) if self.signed else (0, 2 * half - 1)
-        return straight_through(x, scale, low - self.zero, high - self.zero, rounds=self.rounds)
+        return straight_through(x, scale, *self.input_range, rounds=self.rounds)
 
     @torch.no_grad()
     def frozen(self, parameter_bits: int) -> QuantizedLayer:

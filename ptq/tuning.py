@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ptq.activations import ActivationQuantizer, least_step
+from ptq.activations import ActivationQuantizer, LearnedSteps
+from ptq.block_calls import Float32, float32, separable, slices
 from ptq.block_problem import BlockProblem
 from ptq.calibration import Calibration, NoCalibration
 from ptq.errors import InputError
@@ -312,7 +313,7 @@ class Tuning:
             )
         else:
             optimizer = torch.optim.SGD(groups, momentum=self.momentum, weight_decay=self.weight_decay)
-        limits = [(p, least_step(p)) for p in scales]
+        steps = LearnedSteps(scales)
         number = _length(pieces)
         total = number * self.epochs
         rates = [group["lr"] for group in optimizer.param_groups]
@@ -338,9 +339,7 @@ class Tuning:
                     return run
                 value.backward()
                 optimizer.step()
-                with torch.no_grad():
-                    for scale, least in limits:
-                        scale.clamp_(min=least)
+                steps.keep_positive()
                 run.record(value)
         return run
 
@@ -365,70 +364,6 @@ def _exchange(root: nn.Module, kind: type[nn.Module], make: Callable[[Any], nn.M
         made = make(part)
         for name in names_of(root, part):
             replace_module(root, name, made)
-
-
-def slices(calls: list[Call], targets: list[Tensor], size: int, cut: bool) -> Iterator[tuple[Call, Tensor]]:
-    """Calls and targets, cut to `size` samples where `cut` is true."""
-    for call, target in zip(calls, targets, strict=True):
-        if not cut:
-            yield call, target
-            continue
-        for start in range(0, call.samples(), size):
-            rows = slice(start, start + size)
-            yield call.rows(rows), target[rows]
-
-
-@torch.no_grad()
-def separable(original: nn.Module, calls: list[Call], targets: list[Tensor], size: int) -> bool:
-    """Whether calls of more than `size` samples may be cut: the first samples alone give the first outputs,
-    so that no argument is cut that is not per sample.
-
-    `original` is the float block: quantized inputs would flip where sums depend on the number of samples.
-    """
-    call, whole = calls[0], calls[0].samples()
-    if whole <= size or len(targets[0]) != whole:
-        return False
-    device = next((t.device for t in [*original.parameters(), *original.buffers()]), torch.device("cpu"))
-
-    def run(part: Call) -> Tensor | None:
-        there = part.to(device).cloned()
-        try:
-            return first_tensor(original(*float32(there.args), **float32(there.kwargs)))
-        except RuntimeError:
-            return None
-
-    alone, together = run(call.rows(slice(0, size))), run(call)
-    if alone is None or together is None or alone.shape != together[:size].shape:
-        return False
-    difference = float((alone - together[:size]).abs().max())
-    return difference <= 1e-3 * float(together.abs().max())
-
-
-class Float32:
-    """A half-precision module in float32 for the while: small steps would be lost in its rounding."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        half = {torch.float16, torch.bfloat16}
-        tensors = [*module.named_parameters(), *module.named_buffers()]
-        self.types = {n: t.dtype for n, t in tensors if t.dtype in half}
-        layers = [(n, m.row_type) for n, m in module.named_modules() if isinstance(m, QuantizedLayer)]
-        self.row_types = {n: dtype for n, dtype in layers if dtype in half}  # of embeddings
-
-    def __enter__(self) -> None:
-        if self.types or self.row_types:
-            self.module.float()
-
-    def __exit__(self, *_: object) -> None:
-        for name, tensor in [*self.module.named_parameters(), *self.module.named_buffers()]:
-            if name in self.types:
-                tensor.data = tensor.data.to(self.types[name])
-        for name, dtype in self.row_types.items():
-            self.module.get_submodule(name).to(dtype)
-
-
-def float32(value: Any) -> Any:
-    return map_tensors(value, lambda t: t.float() if t.is_floating_point() else t)
 
 
 @torch.no_grad()

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ptq.block_calls import float32, separable, slices
 from ptq.block_problem import BlockProblem
 from ptq.losses import Fisher, Loss, largest_directions, unit_mean
 from ptq.models.adapter import ModelAdapter
 from ptq.plan import Call, first_tensor, map_tensors
 from ptq.seeding import coin_flips
-from ptq.tuning import float32, separable, slices
 
 
 class Augmentation(Enum):

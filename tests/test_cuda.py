@@ -10,20 +10,18 @@ import torch
 from torch import Tensor, nn
 
 import ptq
-from ptq.config import build, choices, companion, load_choice
+from ptq.config import build, load_choice
 from ptq.layers import QuantizedLayer
-from ptq.methods.method import LayerMethod, RatedGridSpec
+from ptq.methods.method import RatedGridSpec
 from ptq.models.networks import DigitsResNetModule, DigitsViTModule
 from ptq.runner import run
 from tests.conftest import random_problem
+from tests.methods.test_methods import METHODS, SHORTENED, method_grid
 from tests.test_preparation import trained
 from tests.test_runner import config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 
-LAYER_METHODS = [
-    name for name in choices("method") if isinstance(build(load_choice("method", name)), LayerMethod)
-]
 SHORT = {"iterations": 100, "batch_size": 16}
 LEARNED: list[tuple[str, dict[str, Any]]] = [
     ("gradient_ptq", SHORT),
@@ -55,16 +53,13 @@ def output_error(module: nn.Module, quantized: nn.Module, batches: list[Tensor],
     return float(sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs))
 
 
-@pytest.mark.parametrize("name", LAYER_METHODS)
+@pytest.mark.parametrize("name", METHODS)
 def test_a_layer(name: str) -> None:
     problem = random_problem(8, 24, dtype=torch.float32)
-    grid = companion("method", name, "grid") or "affine"
-    bits = 2.5 if isinstance(build(load_choice("grid", grid)), RatedGridSpec) else 3
-    overrides = {"iterations": 300, "rounding_rate": 0.02} if name == "adaround" else {}
+    bits = 2.5 if isinstance(build(load_choice("grid", method_grid(name))), RatedGridSpec) else 3
     W, H = problem.W[0], problem.H[0].float()
-    here, there = (
-        ptq.quantize_layer(W.to(d), H.to(d), name, bits=bits, **overrides) for d in ("cpu", "cuda")
-    )
+    short = SHORTENED.get(name, {})
+    here, there = (ptq.quantize_layer(W.to(d), H.to(d), name, bits=bits, **short) for d in ("cpu", "cuda"))
     assert there.values().is_cuda
     assert there.relative_error == pytest.approx(here.relative_error, rel=0.05)
     assert there.bits_per_coefficient == pytest.approx(here.bits_per_coefficient, abs=0.1)

@@ -16,6 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 import ptq
 from ptq import resume, walk
+from ptq.block_calls import Float32
 from ptq.checkpoint import file_bytes, quantized_bytes
 from ptq.config import build, load_choice
 from ptq.errors import InputError
@@ -29,7 +30,6 @@ from ptq.records import config_hash
 from ptq.report import Report
 from ptq.resume import Resume, Store
 from ptq.runner import run
-from ptq.tuning import Float32
 from tests.models.test_language import causal_lm, embedded, save
 from tests.test_pipeline import Recorder
 from tests.test_runner import config

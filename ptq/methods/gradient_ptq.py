@@ -16,11 +16,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ptq.block_calls import Float32
 from ptq.block_problem import BlockProblem
 from ptq.capture import unit_outputs
 from ptq.config import build, choices, load_choice
@@ -37,7 +39,6 @@ from ptq.report import TuningReport
 from ptq.resume import Resume
 from ptq.solvers.grid_variables import GridForm
 from ptq.solvers.soft_rounding import Kind, Softening
-from ptq.tuning import Float32
 from ptq.unit_loss import Augmentation, BlockLoss, NetworkLoss
 
 
@@ -156,8 +157,8 @@ class GradientPTQ:
             )
 
     def start_method(self) -> Any:
-        """The method of `start`, new."""
-        return build(load_choice("method", self.start), "method.start")
+        """The method of `start`."""
+        return _built(self.start)
 
     def check_grid(self, grid: GridSpec) -> None:
         """Refuse what the method of `start` refuses."""
@@ -293,3 +294,9 @@ class GradientPTQ:
             recipe = self.recipe(mean_square(wanted for _, wanted in loss.pieces))
             trainer = Trainer(adapter.module, teacher, recipe, name="network", seed=seed + self.seed)
             return trainer.run(loss.pieces, loss.training, loss.training, resume=resume, progress=progress)
+
+
+@cache
+def _built(method: str) -> Any:
+    """A method of conf/method, built once: mixed precision asks its size for every layer and width."""
+    return build(load_choice("method", method), "method.start")

@@ -207,7 +207,6 @@ def test_a_layer_whose_loss_is_not_finite_keeps_its_start(choice) -> None:
 
 
 def test_a_block_whose_loss_is_not_finite_keeps_its_start(net) -> None:
-    """Whether or not the best is asked for."""
     plain, _ = ptq.quantize_model(net[0], net[1], "rtn", "affine_mse", 2)
     tuned, report = run(net, "brecq", start="rtn", variables=["rounding", "bias"], bias_rate=1e38, checks=1)
     diverged = [unit for unit in report.tuning if unit.steps < QUICK["iterations"]]
@@ -423,6 +422,23 @@ def test_the_starts_own_size_and_refusals(choice) -> None:
     check_pair(choice("method", "adaround", start="hqq"), choice("grid", "affine_float"))
 
 
+def block_loss(
+    block: nn.Module, original: nn.Module, x: Tensor, x_float: Tensor, target: Tensor, batch_size: int,
+    augmentation: Augmentation, *, float_target: bool,
+) -> BlockLoss:  # fmt: skip
+    """l2 on one call of a block, whose prefix delivers x and whose float prefix x_float."""
+    problem = BlockProblem(
+        name="block", block=block, original=original, calls=[Call((x,), {})],
+        float_calls=[Call((x_float,), {})], targets=[target], output_gradients=None, seed=0,
+        progress=False, resume=Resume(),
+    )  # fmt: skip
+    return BlockLoss(
+        problem, problem.targets, kind=Loss.l2, p=2.0, batch_size=batch_size, augmentation=augmentation,
+        probability=0.5, strength=1.0, float_target=float_target, fisher_rank=1, low_rank_fraction=0.5,
+        device=torch.device("cpu"), seed=0,
+    )  # fmt: skip
+
+
 class Flipping(nn.Linear):
     """Its output hangs on the number of samples, as that of rounded inputs may."""
 
@@ -433,16 +449,8 @@ class Flipping(nn.Linear):
 def test_calls_are_cut_by_what_the_float_block_does() -> None:
     torch.manual_seed(0)
     original, x = nn.Sequential(nn.Linear(5, 5)), torch.randn(16, 5)
-    problem = BlockProblem(
-        name="block", block=nn.Sequential(Flipping(5, 5)), original=original, calls=[Call((x,), {})],
-        float_calls=[Call((x + 0.1,), {})], targets=[original(x).detach()], output_gradients=None, seed=0,
-        progress=False, resume=Resume(),
-    )  # fmt: skip
-    loss = BlockLoss(
-        problem, problem.targets, kind=Loss.l2, p=2.0, batch_size=4, augmentation=Augmentation.qdrop,
-        probability=0.5, strength=1.0, float_target=True, fisher_rank=1, low_rank_fraction=0.5,
-        device=torch.device("cpu"), seed=0,
-    )  # fmt: skip
+    block, target = nn.Sequential(Flipping(5, 5)), original(x).detach()
+    loss = block_loss(block, original, x, x + 0.1, target, 4, Augmentation.qdrop, float_target=True)
     assert [len(piece.target) for piece in loss.pieces] == [4, 4, 4, 4]
     assert [len(piece.float_input) for piece in loss.pieces] == [4, 4, 4, 4]
 
@@ -453,16 +461,8 @@ def test_mixed_samples_have_the_target_that_is_measured(float_target: bool) -> N
     torch.manual_seed(0)
     block = nn.Sequential(nn.Linear(5, 5))
     x, x_float = torch.randn(2, 16, 5)
-    problem = BlockProblem(
-        name="block", block=block, original=block, calls=[Call((x,), {})], float_calls=[Call((x_float,), {})],
-        targets=[block(x_float if float_target else x).detach()], output_gradients=None, seed=0,
-        progress=False, resume=Resume(),
-    )  # fmt: skip
-    loss = BlockLoss(
-        problem, problem.targets, kind=Loss.l2, p=2.0, batch_size=16, augmentation=Augmentation.mixup,
-        probability=0.5, strength=1.0, float_target=float_target, fisher_rank=1, low_rank_fraction=0.5,
-        device=torch.device("cpu"), seed=0,
-    )  # fmt: skip
+    target = block(x_float if float_target else x).detach()
+    loss = block_loss(block, block, x, x_float, target, 16, Augmentation.mixup, float_target=float_target)
     (piece,) = loss.pieces
     assert (float(loss.plain(piece)) > 0.1) == float_target  # an unquantized block has no loss of its own
     assert (float(loss.training(piece)) > 0.1) == float_target
